@@ -1,0 +1,264 @@
+"""The verbs of the command line. The only module that knows Hydra."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # heavy at run time: --help must answer at once
+    from harness.config import Config
+    from harness.sweep import Sweep
+
+HELP = """usage: python -m harness VERB [key=value ...]
+
+Measures what quantizing a GGUF model costs: perplexity, size and CPU speed against its reference.
+
+verbs
+  sweep    quantize, measure and compare: every quant in both modes, and the reference
+  plan     show the type of every tensor, the file's bytes and the time, and do nothing
+  doctor   show versions, CPU features, memory, disk, cache, and whether the default inputs can be had
+
+overrides that matter (any value may be a list a,b,c; `python -m harness sweep --help` shows all groups)
+  quant=iq1_m,iq2_s            file types of llama.cpp, lower case
+  mode=standard,dynamicgate    both are the default of a sweep
+  model=smollm2_135m           or model.path=FILE.gguf, or model.hub.repo_id=... model.hub.filename=...
+  prompts=wiki_sample          or prompts.path=FILE; prompts.n_windows=16 for smaller errors
+  calibration=c4_sample        text of the imatrix; or calibration.path=FILE, calibration=none
+  policy=dynamicgate           what the mode dynamicgate applies; or policy.file=RULES.yaml
+  runtime.threads=2            default: the physical cores
+  results.dir=results          where results go; results.name=NAME for the folder in it
+
+examples
+  python -m harness sweep quant=iq1_m,iq2_s
+  python -m harness plan quant=iq1_m mode=dynamicgate        (--json for programs)
+  python -m harness sweep model.path=my-f16.gguf quant=iq2_xs,iq2_s,q2_k prompts.n_windows=16
+
+exit codes: 0 done, 1 a case failed, 2 bad input, 130 stopped (the same command goes on where it was)
+"""
+
+GROUPS = ("model", "prompts", "calibration", "quant", "mode", "policy", "measure", "runtime")
+DEFAULT_MODES = "mode=standard,dynamicgate"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    verb, *rest = arguments
+    from harness.errors import UserError, nearest
+
+    verbs = {"sweep": _sweep, "plan": _plan, "doctor": _doctor}
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        if verb not in verbs:
+            raise UserError(f"there is no verb {verb!r}.{nearest(verb, verbs)}")
+        if "-h" in rest or "--help" in rest:
+            print(_verb_help(verb), end="")
+            return 0
+        return verbs[verb](rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what was measured is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def compose(overrides: Sequence[str]) -> list["Config"]:
+    """One configuration for each combination of the overrides' values (`quant=a,b` has two).
+
+    Raises UserError on unknown groups, options, keys and values of the wrong type.
+    """
+    import itertools
+
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _register_schema()
+    choices: dict[str, list[str]] = {}
+    try:
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            key = override.get_key_element()
+            if override.is_sweep_override():
+                if not override.is_discrete_sweep():
+                    raise _user_error(f"{override.input_line}: give a list of values")
+                choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            else:
+                choices[key] = [override.input_line or ""]
+        with initialize_config_dir(str(_conf_dir()), version_base="1.3"):
+            return [
+                OmegaConf.to_object(hydra_compose("config", list(combination)))  # type: ignore[misc]
+                for combination in itertools.product(*choices.values())
+            ]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _user_error(_one_line(error, overrides)) from error
+
+
+def _sweep(overrides: list[str]) -> int:
+    from rich.console import Console
+
+    from harness.plan_view import sweep_summary
+    from harness.progress import ProgressDisplay
+    from harness.report import write_report
+    from harness.run import run
+
+    console = Console()
+    if not any(one.startswith("mode=") for one in overrides):
+        overrides = [*overrides, DEFAULT_MODES]
+    _require_quant(overrides, "sweep")
+    failures: list[str] = []
+    # Everything is checked for every group of inputs before the first of them is measured.
+    for sweep in [_prepare(group) for group in _by_inputs(compose(overrides))]:
+        console.print(f"{sweep.reference.name} -> {sweep.folder}", highlight=False, markup=False)
+        console.print(sweep_summary(sweep), highlight=False, markup=False)
+        with ProgressDisplay(console, sweep.estimate_s) as display:
+            failures += run(sweep, display)
+        report = write_report(sweep.folder)
+        print(f"\n{report.text}")
+        print("written: " + ", ".join(str(path) for path in report.paths))
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _plan(arguments: list[str]) -> int:
+    from harness.plan_view import estimate_s, plan_json, plan_text
+
+    overrides = [argument for argument in arguments if argument != "--json"]
+    _require_quant(overrides, "plan")
+    shown = [
+        (sweep, case.plan)
+        for group in _by_inputs(compose(overrides))
+        for sweep in [_prepare(group, with_reference=False)]
+        for case in sweep.cases
+    ]
+    if "--json" in arguments:
+        import json
+
+        print(json.dumps([plan_json(plan, estimate_s(sweep, plan)) for sweep, plan in shown], indent=1))
+    else:
+        print("\n\n".join(plan_text(plan, estimate_s(sweep, plan)) for sweep, plan in shown))
+    return 0
+
+
+def _doctor(overrides: list[str]) -> int:
+    from harness.doctor import doctor_text
+
+    text, healthy = doctor_text(compose([*overrides, "quant=reference"])[0])
+    print(text)
+    return 0 if healthy else 1
+
+
+def _prepare(configs: list["Config"], *, with_reference: bool = True) -> "Sweep":
+    from harness.sweep import prepare
+
+    return prepare(configs, lambda text: print(text, file=sys.stderr, flush=True), with_reference=with_reference)
+
+
+def _by_inputs(configs: list["Config"]) -> list[list["Config"]]:
+    """Groups whose members differ only in what makes a case: quant, mode and policy."""
+    from dataclasses import asdict
+
+    groups: dict[str, list[Config]] = {}
+    for config in configs:
+        inputs = {name: value for name, value in asdict(config).items() if name not in ("quant", "mode", "policy")}
+        groups.setdefault(repr(inputs), []).append(config)
+    return list(groups.values())
+
+
+def _register_schema() -> None:
+    from hydra.core.config_store import ConfigStore
+
+    from harness.config import Config
+    from harness.ggml_types import FILE_TYPES
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for name in FILE_TYPES:
+        store.store(group="quant", name=name, node={"name": name, "file_type": name})
+
+
+def _conf_dir() -> Path:
+    """conf/ inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def _options(group: str) -> list[str]:
+    from harness.ggml_types import FILE_TYPES
+
+    names = {path.stem for path in (_conf_dir() / group).glob("*.yaml")}
+    return sorted(names | set(FILE_TYPES) if group == "quant" else names)
+
+
+def _require_quant(overrides: list[str], verb: str) -> None:
+    if not any(one.startswith(("quant=", "quant.file_type=")) for one in overrides):
+        raise _user_error(f"{verb} needs to know what to quantize: add quant=iq1_m,iq2_s (or any of llama.cpp's types)")
+
+
+def _user_error(message: str) -> Exception:
+    from harness.errors import UserError
+
+    return UserError(message)
+
+
+def _one_line(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's several lines as one that names the nearest right word."""
+    import re
+
+    from harness.errors import nearest
+
+    text = f"{error} {error.__cause__ or ''}"
+    missing = re.search(r"Could not find '([\w/]+)/([^']*)'", text)
+    if missing and missing[1] in GROUPS:
+        return f"{missing[1]}={missing[2]} is no option of {missing[1]}.{nearest(missing[2], _options(missing[1]))}"
+    key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' not in", text)
+    if key:
+        return f"there is no setting {key[1]!r}.{nearest(key[1], _setting_names())}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    value = next((one for one in overrides if one.split("=")[0] in text and "=" in one), None)
+    return " ".join([*([f"{value}:"] if value else []), *lines[:1]]) + " (see python -m harness sweep --help)"
+
+
+def _setting_names() -> list[str]:
+    from dataclasses import fields, is_dataclass
+
+    from harness.config import Config
+
+    def names(node: Any, prefix: str) -> list[str]:
+        result = []
+        for item in fields(node):
+            value = getattr(node, item.name)
+            path = f"{prefix}{item.name}"
+            result += names(value, f"{path}.") if is_dataclass(value) else [path]
+        return result
+
+    return [*GROUPS, *names(Config(), "")]
+
+
+def _verb_help(verb: str) -> str:
+    lines = [HELP.split("\n\nverbs", maxsplit=1)[0].replace("VERB", verb), "", "groups (GROUP=OPTION)"]
+    for group in GROUPS:
+        lines.append(f"  {group:<12} {_wrapped(_options(group))}")
+    lines += ["", "settings (KEY=VALUE; what they mean: harness/config.py)"]
+    lines.append(f"  {_wrapped([name for name in _setting_names() if '.' in name], indent=2)}")
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(words: list[str], indent: int = 15) -> str:
+    import textwrap
+
+    return f"\n{' ' * indent}".join(textwrap.wrap(", ".join(words), 110 - indent))
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

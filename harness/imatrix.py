@@ -1,0 +1,81 @@
+"""The importance matrix: llama.cpp's GGUF format in and out, and the weights that the quantizer wants.
+
+Format (tools/imatrix of llama.cpp): `general.type` = "imatrix", and for each weight tensor NAME two float32 tensors,
+NAME.in_sum2 [n_matrices, columns] (sums of squared activations) and NAME.counts [n_matrices, 1] (rows added).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from harness.engine.collect import Activations
+
+COLLECTOR_VERSION = 1  # of the values; part of the key of every imatrix that the harness makes
+
+
+def make_imatrix(
+    model_path: Path, windows: np.ndarray, target: Path, *, dataset: str, n_threads: int, on_progress: object = None
+) -> None:
+    """Run the calibration windows (int32 [n, n_ctx]) through the model and write the imatrix. Runs in a child."""
+    from harness.engine.collect import collect_activations
+
+    activations = collect_activations(model_path, windows, n_threads=n_threads, on_progress=on_progress)  # type: ignore[arg-type]
+    write_imatrix(target, activations, dataset=dataset, n_windows=len(windows), window_tokens=windows.shape[1])
+
+
+def write_imatrix(
+    path: Path, activations: Mapping[str, "Activations"], *, dataset: str, n_windows: int, window_tokens: int
+) -> None:
+    """Write llama.cpp's GGUF imatrix. `dataset` is a name, never a path of this machine."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, arch="", endianess=gguf.GGUFEndian.LITTLE)
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [dataset])
+    writer.add_uint32("imatrix.chunk_count", n_windows)
+    writer.add_uint32("imatrix.chunk_size", window_tokens)
+    for name in sorted(activations):
+        entry = activations[name]
+        writer.add_tensor(f"{name}.in_sum2", np.ascontiguousarray(entry.sums, np.float32))
+        writer.add_tensor(f"{name}.counts", np.ascontiguousarray(entry.counts.reshape(-1, 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_imatrix(path: Path) -> dict[str, np.ndarray]:
+    """Mean squared activations by weight tensor: float32 [n_matrices * columns], as llama_model_quantize takes them.
+
+    An expert that no calibration token reached gets 1.0 everywhere, as in llama-quantize. Raises UserError when the
+    file is no GGUF imatrix or holds values that are not finite.
+    """
+    import gguf
+
+    if not path.is_file():
+        raise UserError(f"no imatrix at {path}: check calibration.imatrix")
+    try:
+        tensors = {t.name: np.array(t.data, np.float32) for t in gguf.GGUFReader(path).tensors}
+    except Exception as error:  # the reader meets a damaged file in many ways
+        raise UserError(
+            f"{path} cannot be read as a GGUF imatrix ({error}): give one that llama-imatrix wrote"
+        ) from error
+    names = [name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")]
+    if not names:
+        raise UserError(f"{path} holds no imatrix (no tensor ends with .in_sum2): give one that llama-imatrix wrote")
+    weights: dict[str, np.ndarray] = {}
+    for name in names:
+        sums, counts = np.atleast_2d(tensors[f"{name}.in_sum2"]), tensors.get(f"{name}.counts")
+        if counts is None or counts.size not in (1, len(sums)):
+            raise UserError(f"{path}: the counts of {name} are missing or of another shape: make the imatrix again")
+        counts = counts.reshape(-1, 1)
+        mean = np.divide(sums, counts, out=np.ones_like(sums), where=counts > 0)
+        if not np.isfinite(mean).all():
+            raise UserError(f"{path}: the values of {name} are not finite: make the imatrix again")
+        weights[name] = mean.ravel()
+    return weights

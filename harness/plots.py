@@ -1,0 +1,83 @@
+"""Pictures from the tables of `harness.report`. Reads no records and no models."""
+
+from pathlib import Path
+
+import pandas as pd
+
+# Okabe and Ito's palette: told apart by colour-blind readers; markers differ as well.
+_STYLES = {
+    "standard": ("#0072B2", "o", "standard"),
+    "dynamicgate": ("#D55E00", "^", "DynamicGate"),
+}
+_OTHER_STYLES = (("#009E73", "s"), ("#CC79A7", "D"), ("#E69F00", "v"))
+_MIB = 1 << 20
+
+
+def plot_tradeoff(runs: pd.DataFrame, path: Path) -> None:
+    """Perplexity against file size, with one standard error; an arrow leads from standard to the other mode."""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    variants = runs[runs["mode"] != "reference"]
+    styles = dict(_STYLES)
+    for mode in [m for m in dict.fromkeys(variants["mode"]) if m not in styles]:
+        styles[mode] = (*_OTHER_STYLES[(len(styles) - 2) % len(_OTHER_STYLES)], mode)
+    for mode, (colour, marker, label) in styles.items():
+        rows = variants[variants["mode"] == mode]
+        if len(rows):
+            axes.errorbar(
+                rows.file_bytes / _MIB,
+                rows.ppl,
+                yerr=rows.ppl_se,
+                fmt=marker,
+                color=colour,
+                label=label,
+                markersize=8,
+                capsize=3,
+                linestyle="none",
+                zorder=3,
+            )
+    for quant in dict.fromkeys(variants.quant):
+        rows = variants[variants.quant == quant]
+        start = rows[rows["mode"] == "standard"]
+        for row in rows.itertuples():
+            above = row.mode == "standard" or not len(start)
+            axes.annotate(
+                str(quant).upper(),
+                (row.file_bytes / _MIB, row.ppl),
+                xytext=(8, 8 if above else -14),
+                textcoords="offset points",
+                fontsize=9,
+                color=styles[str(row.mode)][0],
+            )
+            if len(start) and row.mode != "standard":
+                axes.annotate(
+                    "",
+                    (row.file_bytes / _MIB, row.ppl),
+                    (start.file_bytes.iloc[0] / _MIB, start.ppl.iloc[0]),
+                    arrowprops={"arrowstyle": "->", "color": "#888888", "shrinkA": 7, "shrinkB": 7},
+                )
+    for row in runs[runs["mode"] == "reference"].to_dict("records"):
+        label = f"reference: {row['ppl']:.2f} at {row['file_bytes'] / _MIB:.0f} MiB"
+        axes.axhline(row["ppl"], color="#555555", linestyle="--", linewidth=1, label=label)
+    if len(variants) and runs.ppl.max() > 3 * runs.ppl.min():
+        axes.set_yscale("log")
+        _plain_log_ticks(axes)
+    axes.margins(x=0.15, y=0.15)
+    axes.set_xlabel("file size (MiB)")
+    axes.set_ylabel("perplexity (lower is better)")
+    axes.set_title("Perplexity against size; bars are one standard error of the tokens")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="png")
+
+
+def _plain_log_ticks(axes: object) -> None:
+    """10, 20, 50 instead of powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axis = axes.yaxis  # type: ignore[attr-defined]
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,129 @@
+"""Text -> tokens -> windows: the fixed prompt set, whose id is the sha256 of its token ids."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness.config import TextConfig, text_label
+from harness.errors import UserError
+from harness.isolate import run_in_child
+from harness.store import Cache, key_of
+
+CUT_VERSION = 1  # of how windows are cut; part of the key of every cached window file
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Consecutive windows of one text. tokens: int32 [n_windows, window_tokens]. bos: put in front, or None."""
+
+    name: str
+    tokens: np.ndarray
+    bos: int | None
+    text_tokens: int
+    text_sha256: str
+
+    @property
+    def id(self) -> str:
+        """sha256 of the token ids as little-endian int32, window after window: the same id means the same test."""
+        return hashlib.sha256(self.tokens.astype("<i4").tobytes()).hexdigest()
+
+
+def load_windows(text: TextConfig, group: str, file: Path | None, model: Path, model_id: str, cache: Cache) -> Windows:
+    """Tokenize the text with the model's vocabulary and cut its first windows. Cached by content.
+
+    Raises UserError when the text is empty, unreadable, or too short for the windows asked for.
+    """
+    text_sha256 = cache.sha256(file) if file else key_of("hub", asdict(text.hub))
+    key = key_of(
+        CUT_VERSION, text_sha256, text.format, text.column, text.join, model_id, text.n_windows, text.window_tokens
+    )
+
+    def make(target: Path) -> dict[str, Any]:
+        log = cache.path("logs", f"tokenize-{group}", ".log")
+        return run_in_child(_cut, text, group, file, model, target, log_path=log)
+
+    path = cache.make("windows", key, ".npy", make)
+    facts = cache.facts(path)
+    tokens = np.load(path, allow_pickle=False)
+    return Windows(text_label(text), tokens, **facts)
+
+
+def cut_windows(tokens: np.ndarray, n_windows: int, window_tokens: int, bos: int | None) -> np.ndarray:
+    """The first `n_windows` consecutive windows, int32 [n_windows, window_tokens].
+
+    Where the model adds a BOS token, the first token of every window is replaced by it (as llama-perplexity does).
+    Raises ValueError when there are not enough tokens.
+    """
+    if len(tokens) < n_windows * window_tokens:
+        raise ValueError(f"{len(tokens)} tokens are not enough for {n_windows} windows of {window_tokens}")
+    windows = tokens[: n_windows * window_tokens].reshape(n_windows, window_tokens).astype(np.int32)
+    if bos is not None:
+        windows[:, 0] = bos
+    return windows
+
+
+def read_text(text: TextConfig, group: str, file: Path | None) -> str:
+    """The whole text. Plain text is taken as it is; rows of json, parquet and hub data are joined with `join`.
+
+    Raises UserError when it cannot be read as that.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    where = f"{group}.path={file}" if file else f"{group}.hub.repo_id={text.hub.repo_id}"
+    try:
+        if file is None:
+            rows = datasets.load_dataset(
+                text.hub.repo_id, text.hub.config, split=text.hub.split, revision=text.hub.revision
+            )
+        else:
+            kind = text.format or _format_of(file)
+            options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
+            rows = datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True, **options)
+        column, join = ("text", "") if file and kind == "text" else (text.column, text.join)
+        parts = []
+        for row in rows:
+            if column not in row:
+                raise UserError(f"{where} has no column {column!r}: it has {', '.join(row)}; set {group}.column")
+            parts.append(str(row[column] or ""))
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises many kinds, from decoding to the network
+        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{where} cannot be read as text ({lines[0][:200]}): check the file and {group}.format"
+        ) from error
+    return join.join(parts)
+
+
+def _cut(text: TextConfig, group: str, file: Path | None, model: Path, target: Path) -> dict[str, Any]:
+    from harness.engine.model import tokenize
+
+    content = read_text(text, group, file)
+    if not content.strip():
+        raise UserError(f"the text of {group}={text.name} is empty: give a text with words")
+    tokens, bos = tokenize(model, content)
+    try:
+        windows = cut_windows(tokens, text.n_windows, text.window_tokens, bos)
+    except ValueError as error:
+        most = len(tokens) // text.window_tokens
+        mend = f"{group}.n_windows={most}" if most else f"a longer text, or {group}.window_tokens={len(tokens)} or less"
+        raise UserError(f"the text of {group}={text.name} is too short: {error}; use {mend}") from error
+
+    with target.open("wb") as file_out:
+        np.save(file_out, windows)
+    return {
+        "bos": bos,
+        "text_tokens": len(tokens),
+        "text_sha256": hashlib.sha256(content.encode()).hexdigest(),
+    }
+
+
+_FORMATS: dict[str, str] = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def _format_of(file: Path) -> str:
+    return _FORMATS.get(file.suffix, "text")

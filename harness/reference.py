@@ -1,0 +1,116 @@
+"""The reference that every variant is compared with: resolved, inspected, derived where it must be."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import sources
+from harness.config import ModelConfig, model_label
+from harness.errors import UserError
+from harness.header import GgufInfo, split_parts
+from harness.isolate import run_in_child
+from harness.plan import Plan, reference_plan
+from harness.quantize import derive_f16
+from harness.store import Cache, free_bytes, key_of
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An unquantized GGUF. `id` tells its content: the file's sha256, or what it was derived from and how."""
+
+    name: str
+    path: Path
+    id: str
+    info: GgufInfo
+    source_sha256: str
+    derived_from: str | None  # type of most weights of the source, when the source was quantized
+
+    @property
+    def plan(self) -> Plan:
+        """The reference as a case of its own."""
+        return reference_plan(self.info.tensors, self.info.file_bytes)
+
+    @property
+    def type_name(self) -> str:
+        """File type for people: 'F16'."""
+        return (self.info.file_type or "unknown type").upper()
+
+    def describe(self) -> dict[str, Any]:
+        """For the record."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "architecture": self.info.architecture,
+            "file_type": self.info.file_type,
+            "file_bytes": self.info.file_bytes,
+            "n_params": self.plan.n_weights,
+            "source_sha256": self.source_sha256,
+            "derived_from": self.derived_from,
+        }
+
+
+def resolve_reference(
+    model: ModelConfig, cache: Cache, *, n_threads: int, engine_version: str, say: sources.Say
+) -> Reference:
+    """Fetch, verify and inspect the model; derive an F16 reference when it is quantized and that is allowed.
+
+    Raises UserError on a model that cannot be had, read, or used as a reference.
+    """
+    source = sources.model_file(model, cache, say)
+    sha256 = source_sha256(source, cache)
+    info = inspect(source, sha256, engine_version, cache)
+    name = model_label(model)
+    if not info.quantized_types:
+        return Reference(name, source, sha256, info, sha256, None)
+    quantized = info.quantized_types[0]
+    if not model.allow_quantized:
+        raise UserError(
+            f"{source.name} is already quantized (mostly {quantized.upper()}): give an F16, BF16 or F32 file, "
+            "or say model.allow_quantized=true to measure against its dequantized weights"
+        )
+    needed = 2 * sum(t.n_weights for t in info.tensors)
+    key = key_of("f16", sha256, engine_version)
+    if not cache.path("references", key, ".gguf").exists():
+        require_disk(cache.folder, needed, "the F16 reference")
+        say(f"deriving the F16 reference from {quantized.upper()} ({needed / 1e9:.1f} GB)")
+    path = cache.make(
+        "references",
+        key,
+        ".gguf",
+        lambda target: run_in_child(
+            derive_f16, source, target, n_threads=n_threads, log_path=cache.path("logs", "reference", ".log")
+        ),
+    )
+    return Reference(name, path, key, inspect(path, key, engine_version, cache), sha256, quantized)
+
+
+def source_sha256(path: Path, cache: Cache) -> str:
+    """sha256 of the file; of a split model, the sha256 over those of its parts."""
+    parts = split_parts(path)
+    hashes = [cache.sha256(part) for part in parts]
+    return hashes[0] if len(hashes) == 1 else key_of("split", hashes)
+
+
+def inspect(path: Path, content_id: str, engine_version: str, cache: Cache) -> GgufInfo:
+    """The header of a model, read in a child and cached by the content's id."""
+
+    def make() -> dict[str, Any]:
+        return run_in_child(_read_header, path, log_path=cache.path("logs", "inspect", ".log"))
+
+    return GgufInfo.from_json(cache.json("headers", key_of(content_id, engine_version), make))
+
+
+def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raises UserError when the disk of `folder` has not that much room."""
+    free = free_bytes(folder)
+    if free < needed_bytes:
+        raise UserError(
+            f"{folder} has {free / 1e9:.1f} GB free, {what} needs {needed_bytes / 1e9:.1f} GB: "
+            "make room or set runtime.cache_dir to a larger disk"
+        )
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    from harness.engine.gguf_file import read_header
+
+    return read_header(path).to_json()

@@ -1,0 +1,188 @@
+"""Does the work of a prepared sweep: imatrix, then every case quantized, scored and recorded."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness import checks, metrics
+from harness.calibration import require_coverage
+from harness.errors import EngineError
+from harness.imatrix import make_imatrix, read_imatrix
+from harness.isolate import run_in_child
+from harness.measure import Scores, score
+from harness.progress import ProgressDisplay
+from harness.quantize import make_variant
+from harness.record import SCHEMA_VERSION, environment, read_record, utc_now, write_record
+from harness.sweep import Case, Sweep, mode_label
+
+
+def run(sweep: Sweep, display: ProgressDisplay) -> list[str]:
+    """Measure every open case and write its record. Returns one line for each case that failed."""
+    if not sweep.open_cases:
+        return []
+    engine = run_in_child(engine_facts, log_path=sweep.cache.path("logs", "engine", ".log"))
+    failures = []
+    if estimate := sweep.imatrix_s:
+        with display.step("imatrix: running the calibration text", estimate) as on_progress:
+            _make_imatrix(sweep, on_progress)
+    for case in sweep.open_cases:
+        begun = {**environment(engine), "begun_utc": utc_now()}
+        try:
+            _run_case(sweep, case, begun, display)
+        except EngineError as error:
+            log = error.log_tail
+            _write(sweep, case, begun, {"status": "failed", "error": str(error), "log_tail": log}, {})
+            failures.append(f"{case.name} failed: {error}" + (f" (last log line: {log[-1].strip()})" if log else ""))
+    return failures
+
+
+def _run_case(sweep: Sweep, case: Case, begun: dict[str, Any], display: ProgressDisplay) -> None:
+    if twin := sweep.twin(case):
+        _copy_twin(sweep, case, twin, begun)
+        return
+    variant, steps, quantize_s = sweep.variant_path(case), sweep.steps(case), None
+    log = sweep.cache.path("logs", f"{case.plan.quant}-{mode_label(case.plan)}-{case.key[:12]}", ".log")
+    if case.plan.file_type is not None:
+        with display.step(f"{case.name}: quantizing", steps.get("quantizing", 0.0)) as on_progress:
+            sweep.cache.make(
+                "variants",
+                variant.stem,
+                ".gguf",
+                lambda target: run_in_child(
+                    make_variant,
+                    sweep.reference.path,
+                    target,
+                    case.plan,
+                    sweep.imatrix_path,
+                    n_threads=sweep.n_threads,
+                    log_path=log,
+                    on_progress=on_progress,
+                ),
+            )
+        quantize_s = sweep.cache.facts(variant)["quantize_s"]
+    windows_folder = sweep.cache.folder / "scores" / case.key
+    with display.step(f"{case.name}: scoring", steps["scoring"]) as on_progress:
+        scores: Scores = run_in_child(
+            score,
+            variant,
+            sweep.prompts.tokens,
+            windows_folder,
+            first_scored=sweep.first_scored,
+            ubatch_tokens=sweep.config.measure.ubatch_tokens,
+            n_threads=sweep.n_threads,
+            log_path=log,
+            on_progress=on_progress,
+        )
+    _write(
+        sweep,
+        case,
+        begun,
+        {
+            "status": "ok",
+            "timings": {
+                "quantize_s": quantize_s,
+                "load_s": scores.load_s,
+                "pass_s": float(scores.pass_s.sum()),
+                "window_pass_s": scores.pass_s.tolist(),
+                "window_decode_s": scores.decode_s.tolist(),
+            },
+            "peak_rss_bytes": scores.peak_rss_bytes,
+        },
+        {"nll": scores.nll},
+    )
+    shutil.rmtree(windows_folder, ignore_errors=True)
+    if case.plan.file_type is not None and not sweep.config.runtime.keep_variants:
+        variant.unlink(missing_ok=True)
+
+
+def _copy_twin(sweep: Sweep, case: Case, twin: Case, begun: dict[str, Any]) -> None:
+    """The record of a case whose file is that of another one, measured before."""
+    if not twin.done:
+        raise EngineError(f"its file is that of {twin.name}, which failed")
+    record = read_record(twin.record_path)
+    result = {name: record.data[name] for name in ("status", "timings", "peak_rss_bytes")}
+    _write(sweep, case, begun, {**result, "same_as": twin.name}, {"nll": record.nll()})
+
+
+def _write(
+    sweep: Sweep, case: Case, begun: dict[str, Any], result: dict[str, Any], side: dict[str, np.ndarray]
+) -> None:
+    plan, calibration = case.plan, sweep.calibration if case.plan.file_type else None
+    findings = checks.plan_findings(plan) + checks.reference_findings(sweep.reference.describe())
+    if calibration:
+        findings += checks.overlap_findings(calibration.overlap, calibration.max_overlap)
+    data = {
+        "schema_version": SCHEMA_VERSION,
+        "key": case.key,
+        "quant": plan.quant,
+        "mode": plan.mode,
+        "policy": plan.policy,
+        "file_type": plan.file_type,
+        "created_utc": utc_now(),
+        "reference": sweep.reference.describe(),
+        "prompt_set": {
+            "id": sweep.prompts.id,
+            "name": sweep.prompts.name,
+            "n_windows": len(sweep.prompts.tokens),
+            "window_tokens": sweep.prompts.tokens.shape[1],
+            "bos": sweep.prompts.bos,
+            "text_sha256": sweep.prompts.text_sha256,
+        },
+        "calibration": calibration.describe() if calibration else None,
+        "variant": {
+            "plan_id": plan.id,
+            "file_bytes": plan.file_bytes,
+            "n_params": plan.n_weights,
+            "bpw": plan.bpw,
+            "n_quantizable": len(plan.quantizable),
+            "n_fallback": len(plan.fell_back),
+            "fallback_share": plan.share_of_weights(plan.fell_back),
+            "n_raised": len(plan.raised),
+            "n_lowered": len(plan.lowered),
+            "lowered": checks.lowered_summary(plan) or None,
+            "embedding_type": plan.type_of("token_embd.weight"),
+            "output_type": plan.type_of("output.weight") or plan.type_of("token_embd.weight"),
+            "tensors": {t.name: {"type": t.type, "standard": t.standard_type, "rule": t.rule} for t in plan.tensors},
+        },
+        "settings": {
+            "first_scored": sweep.first_scored,
+            "ubatch_tokens": sweep.config.measure.ubatch_tokens,
+            "threads": sweep.n_threads,
+        },
+        "versions": {"metrics": metrics.VERSION, "llama_cpp_python": sweep.engine_version},
+        "environment": begun,
+        "findings": [finding.to_json() for finding in findings],
+        **result,
+    }
+    write_record(case.record_path, data, side)
+
+
+def _make_imatrix(sweep: Sweep, on_progress: Any) -> None:
+    calibration = sweep.calibration
+    assert calibration is not None
+    assert calibration.windows is not None
+    windows = calibration.windows
+
+    def make(target: Path) -> None:
+        run_in_child(
+            make_imatrix,
+            sweep.reference.path,
+            windows.tokens,
+            target,
+            dataset=calibration.name,
+            n_threads=sweep.n_threads,
+            log_path=sweep.cache.path("logs", "imatrix", ".log"),
+            on_progress=on_progress,
+        )
+
+    path = sweep.cache.make("imatrix", calibration.id, ".gguf", make)
+    require_coverage(read_imatrix(path), [case.plan for case in sweep.cases], path)
+
+
+def engine_facts() -> dict[str, str]:
+    """Runs in a child: what llama.cpp says of itself."""
+    from harness.engine.native import engine_facts
+
+    return engine_facts()

@@ -1,0 +1,311 @@
+"""What a sweep will do: its inputs resolved, its cases planned and checked, before anything slow."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from harness import cost, metrics, sources
+from harness.calibration import Calibration, calibration_file, require_coverage, resolve_calibration
+from harness.config import Config, check, model_label, results_name
+from harness.errors import EngineError, UserError
+from harness.ggml_types import UNQUANTIZED
+from harness.imatrix import read_imatrix
+from harness.isolate import run_in_child
+from harness.measure import default_first_scored
+from harness.plan import STANDARD_RULE, Plan, make_plan
+from harness.policy import Rule, load_policy
+from harness.prompts import Windows, load_windows
+from harness.record import first_difference, is_done, physical_cores, read_records, record_path
+from harness.reference import Reference, require_disk, resolve_reference
+from harness.store import Cache, key_of
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant to measure."""
+
+    plan: Plan
+    key: str
+    record_path: Path
+
+    @property
+    def done(self) -> bool:
+        """A whole successful record is there."""
+        return is_done(self.record_path, self.key)
+
+    @property
+    def name(self) -> str:
+        """For the progress display."""
+        return "reference" if self.plan.file_type is None else f"{self.plan.quant} {self.plan.mode}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Everything resolved, planned and checked; nothing slow done yet."""
+
+    folder: Path
+    cache: Cache
+    config: Config
+    reference: Reference
+    prompts: Windows
+    calibration: Calibration | None
+    cases: tuple[Case, ...]
+    n_threads: int
+    first_scored: int
+    engine_version: str
+
+    @cached_property
+    def open_cases(self) -> tuple[Case, ...]:
+        """Cases without a record, the reference first."""
+        return tuple(case for case in self.cases if not case.done)
+
+    @property
+    def imatrix_path(self) -> Path | None:
+        """Where the imatrix is, or will be."""
+        if self.calibration is None:
+            return None
+        return self.calibration.file or self.cache.path("imatrix", self.calibration.id, ".gguf")
+
+    def twin(self, case: Case) -> Case | None:
+        """An earlier case with the same content under another name: a policy that changes nothing for this quant."""
+        first = next(other for other in self.cases if other.key == case.key)
+        return None if first is case else first
+
+    def variant_path(self, case: Case) -> Path:
+        """Where the GGUF of a case is, or will be."""
+        if case.plan.file_type is None:
+            return self.reference.path
+        imatrix_id = self.calibration.id if self.calibration else None
+        key = key_of(self.reference.id, imatrix_id, case.plan.id, self.engine_version)
+        return self.cache.path("variants", key, ".gguf")
+
+    def steps(self, case: Case) -> dict[str, float]:
+        """Estimated seconds of what is left to do for a case."""
+        steps: dict[str, float] = {}
+        if self.twin(case):
+            return steps
+        if not self.variant_path(case).exists():
+            steps["quantizing"] = cost.quantize_s(case.plan.tensors, self.n_threads)
+        steps["scoring"] = cost.score_s(case.plan.n_weights, self.prompts.tokens.size, self.n_threads)
+        return steps
+
+    @property
+    def imatrix_s(self) -> float:
+        """Estimated seconds to collect the imatrix; 0.0 when it is there or nobody needs it."""
+        needed = any(case.plan.file_type and not self.variant_path(case).exists() for case in self.open_cases)
+        path = self.imatrix_path
+        if not needed or path is None or path.exists() or self.calibration is None or self.calibration.windows is None:
+            return 0.0
+        n_tokens = self.calibration.windows.tokens.size
+        return cost.imatrix_s(self.reference.plan.n_weights, n_tokens, self.n_threads)
+
+    @property
+    def estimate_s(self) -> float:
+        """Estimated seconds of everything that is left to do."""
+        return self.imatrix_s + sum(sum(self.steps(case).values()) for case in self.open_cases)
+
+
+def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool = True) -> Sweep:
+    """Resolve the inputs and plan every case. The configurations differ in quant, mode and policy only.
+
+    Raises UserError, before anything slow, on whatever would make a case impossible or its numbers meaningless.
+    """
+    for one in configs:
+        check(one)
+    config = configs[0]
+    policies = [load_policy(one.policy) for one in configs]
+    engine_version = version("llama-cpp-python")
+    n_threads = config.runtime.threads or physical_cores()
+    cache = Cache(cache_dir(config))
+    folder = Path(config.results.dir).expanduser() / results_name(config)
+    _require_writable(folder, config)
+
+    prompt_file = sources.text_file(config.prompts, "prompts", cache, say)
+    text = calibration_file(config.calibration, cache, say)
+    try:
+        reference = resolve_reference(config.model, cache, n_threads=n_threads, engine_version=engine_version, say=say)
+        _require_context(config, reference)
+        prompts = load_windows(config.prompts, "prompts", prompt_file, reference.path, reference.id, cache)
+        n_ctx = prompts.tokens.shape[1]
+        calibration = resolve_calibration(config, text, reference, prompts, engine_version, cache)
+        plans = _plans(configs, policies, reference, calibration, engine_version, cache)
+    except EngineError as error:
+        raise UserError(f"llama.cpp cannot use {model_label(config.model)}: {_last_words(error)}") from error
+
+    first_scored = config.measure.first_scored or default_first_scored(n_ctx)
+
+    def case_of(plan: Plan) -> Case:
+        key = key_of(
+            reference.id,
+            prompts.id,
+            calibration.id if calibration and plan.file_type else None,
+            plan.id,
+            first_scored,
+            config.measure.ubatch_tokens,
+            n_threads,
+            metrics.VERSION,
+            engine_version,
+        )
+        return Case(plan, key, record_path(folder, plan.quant, mode_label(plan), key))
+
+    all_plans = [reference.plan, *plans] if with_reference else plans
+    cases = {case.record_path: case for case in map(case_of, all_plans)}
+    sweep = Sweep(
+        folder,
+        cache,
+        config,
+        reference,
+        prompts,
+        calibration,
+        tuple(cases.values()),
+        n_threads,
+        first_scored,
+        engine_version,
+    )
+    _require_same_settings(sweep)
+    _require_room(sweep)
+    return sweep
+
+
+def _plans(
+    configs: Sequence[Config],
+    policies: Sequence[tuple[str, tuple[Rule, ...]]],
+    reference: Reference,
+    calibration: Calibration | None,
+    engine_version: str,
+    cache: Cache,
+) -> list[Plan]:
+    """A plan for each configuration that quantizes."""
+    file_types = sorted({one.quant.file_type for one in configs if one.quant.file_type})
+    has_imatrix = calibration is not None
+
+    def dry_runs() -> dict[str, Any]:
+        return run_in_child(
+            _standard_types,
+            reference.path,
+            file_types,
+            has_imatrix=has_imatrix,
+            log_path=cache.path("logs", "dry-run", ".log"),
+        )
+
+    standard = {}
+    if file_types:
+        key = key_of(reference.id, file_types, has_imatrix, engine_version)
+        standard = cache.json("mixtures", key, dry_runs)
+    plans = []
+    for one, (policy_name, rules) in zip(configs, policies, strict=True):
+        file_type = one.quant.file_type
+        if file_type is None:
+            continue
+        plan = make_plan(
+            quant=one.quant.name,
+            mode=one.mode.name,
+            policy=policy_name if one.mode.apply_policy else None,
+            file_type=file_type,
+            tensors=reference.info.tensors,
+            header_bytes=reference.info.quantized_header_bytes,
+            standard_final=standard[file_type]["final"],
+            standard_asked=standard[file_type]["asked"],
+            rules=rules if one.mode.apply_policy else (),
+            metadata=reference.info.metadata,
+        )
+        if file_type in UNQUANTIZED and any(t.rule != STANDARD_RULE for t in plan.tensors):
+            raise UserError(
+                f"policy={policy_name} names tensors of quant={plan.quant}, but llama.cpp gives the tensors of an "
+                f"unquantized file one type: add file_types to its rules"
+            )
+        if plan.needs_imatrix and calibration is None:
+            raise UserError(
+                f"quant={plan.quant} needs an imatrix (llama.cpp refuses {plan.type_of(plan.needs_imatrix[0])} "
+                f"for {plan.needs_imatrix[0]} without one): leave calibration=none out"
+            )
+        plans.append(plan)
+    if calibration and calibration.file:
+        require_coverage(read_imatrix(calibration.file), plans, calibration.file)
+    return plans
+
+
+def _require_same_settings(sweep: Sweep) -> None:
+    """Raises UserError when the folder holds records that may not stand in one table with this sweep's."""
+    old = [record.data for record in read_records(sweep.folder) if record.ok]
+    new = {
+        "reference": {"id": sweep.reference.id},
+        "prompt_set": {"id": sweep.prompts.id},
+        "calibration": {"id": sweep.calibration.id if sweep.calibration else None},
+        "settings": {
+            "first_scored": sweep.first_scored,
+            "ubatch_tokens": sweep.config.measure.ubatch_tokens,
+            "threads": sweep.n_threads,
+        },
+        "versions": {"metrics": metrics.VERSION, "llama_cpp_python": sweep.engine_version},
+    }
+    difference = first_difference([*old, new])
+    if difference:
+        name, before, now = difference
+        raise UserError(
+            f"{sweep.folder} holds results with another {name} ({_short(before)}, now {_short(now)}): "
+            "give this sweep a folder of its own with results.name=NAME"
+        )
+
+
+def _require_room(sweep: Sweep) -> None:
+    open_variants = [case.plan.file_bytes for case in sweep.open_cases if not sweep.variant_path(case).exists()]
+    if not open_variants:
+        return
+    keep = sweep.config.runtime.keep_variants
+    require_disk(sweep.cache.folder, sum(open_variants) if keep else max(open_variants), "the quantized variants")
+
+
+def _require_context(config: Config, reference: Reference) -> None:
+    trained = reference.info.n_ctx_train
+    for group, text in (("prompts", config.prompts), ("calibration", config.calibration)):
+        if trained and text.window_tokens > trained:
+            raise UserError(
+                f"{group}.window_tokens={text.window_tokens}: the model was trained for {trained} tokens of context, "
+                "give at most that"
+            )
+
+
+def _require_writable(folder: Path, config: Config) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"results.dir={config.results.dir}: {folder} cannot be written ({error.strerror}): give another folder"
+        ) from error
+
+
+def cache_dir(config: Config) -> Path:
+    """The folder of the cache: runtime.cache_dir, or the user's cache folder of the platform."""
+    if config.runtime.cache_dir:
+        return Path(config.runtime.cache_dir).expanduser().resolve()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("gguf-harness", appauthor=False))
+
+
+def mode_label(plan: Plan) -> str:
+    """'dynamicgate', or 'dynamicgate+mine' when the mode applied a policy of another name."""
+    return plan.mode if plan.policy in (None, plan.mode) else f"{plan.mode}+{plan.policy}"
+
+
+def _last_words(error: EngineError) -> str:
+    """The error, and what llama.cpp logged last, on one line."""
+    errors = [line.strip() for line in error.log_tail if "error" in line.lower() or "failed" in line.lower()]
+    return str(error) + (f" ({errors[-1]})" if errors else "")
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 16 else str(value)
+
+
+def _standard_types(source: Path, file_types: list[str], *, has_imatrix: bool) -> dict[str, Any]:
+    from harness.engine.quantize import standard_types
+
+    return {name: asdict(run) for name, run in standard_types(source, file_types, has_imatrix=has_imatrix).items()}
