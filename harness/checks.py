@@ -1,5 +1,6 @@
 """Warnings as data: what a reader of a table must know. Pure: plans and measured values in, findings out."""
 
+from collections.abc import Sized
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ def plan_findings(plan: Plan) -> list[Finding]:
                 f"{len(plan.fell_back)} of {len(plan.quantizable)} tensors ({share:.0%} of the weights) cannot take "
                 f"the type asked for, their width ({', '.join(map(str, widths))}) does not fit its blocks; "
                 f"the file has {plan.bpw:.2f} bits per weight",
-                f"the result says little about {plan.quant.upper()} on models whose widths fit",
+                "the file's name misleads: this says little about the same quant on a model whose widths fit",
                 "measure a model whose widths are multiples of 256 before judging the type",
             )
         )
@@ -53,7 +54,7 @@ def plan_findings(plan: Plan) -> list[Finding]:
         findings.append(
             Finding(
                 "lowered",
-                f"the policy LOWERS {len(plan.lowered)} tensors ({share:.0%} of the weights) below the standard file: "
+                f"the policy LOWERS {_count(plan.lowered)} ({share:.0%} of the weights) below the standard file: "
                 + lowered_summary(plan),
                 "a policy that claims more precision takes it away there",
                 "read the plan; change the rule if this is not meant",
@@ -89,6 +90,10 @@ def overlap_findings(share: float | None, limit: float) -> list[Finding]:
             "choose another calibration text",
         )
     ]
+
+
+def _count(tensors: Sized) -> str:
+    return f"{len(tensors)} tensor{'' if len(tensors) == 1 else 's'}"
 
 
 def lowered_summary(plan: Plan) -> str:

@@ -123,7 +123,7 @@ def _sweep(overrides: list[str]) -> int:
             failures += run(sweep, display)
         report = write_report(sweep.folder)
         print(f"\n{report.text}")
-        print("written: " + ", ".join(str(path) for path in report.paths))
+        print("written:", *report.paths, sep="\n  ")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -13,7 +13,7 @@ _OTHER_STYLES = (("#009E73", "s"), ("#CC79A7", "D"), ("#E69F00", "v"))
 _MIB = 1 << 20
 
 
-def plot_tradeoff(runs: pd.DataFrame, path: Path) -> None:
+def plot_tradeoff(runs: pd.DataFrame, title: str, path: Path) -> None:
     """Perplexity against file size, with one standard error; an arrow leads from standard to the other mode."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
@@ -67,7 +67,7 @@ def plot_tradeoff(runs: pd.DataFrame, path: Path) -> None:
     axes.margins(x=0.15, y=0.15)
     axes.set_xlabel("file size (MiB)")
     axes.set_ylabel("perplexity (lower is better)")
-    axes.set_title("Perplexity against size; bars are one standard error of the tokens")
+    axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, format="png")

@@ -1,6 +1,7 @@
 """Records -> tables. Reads records only; runs without llama.cpp."""
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ TABLE_COLUMNS = (
     "DG Speed",
 )
 _ABSENT = "-"
+_WIDTH = 118
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,11 @@ def write_report(folder: Path) -> Report:
     write_text(paths[1], table.to_csv(index=False))
     write_text(paths[2], text)
     if measured:
-        write_atomic(paths[3], lambda temporary: plot_tradeoff(runs[runs.status == "ok"], temporary))
+        data = measured[0].data
+        title = (
+            f"{data['reference']['name']} on {data['prompt_set']['name']}; bars are one standard error of the tokens"
+        )
+        write_atomic(paths[3], lambda temporary: plot_tradeoff(runs[runs.status == "ok"], title, temporary))
     return Report(text, paths if measured else paths[:3])
 
 
@@ -220,9 +226,10 @@ def _notes(measured: Sequence[Record]) -> list[str]:
             advice[finding["kind"]] = f"{finding['why']}; {finding['todo']}"
     lines = []
     for kind, seen in kinds.items():
-        lines.append(f"! {kind}: {advice[kind]}.")
+        lines += textwrap.wrap(f"! {kind}: {advice[kind]}.", _WIDTH, subsequent_indent="  ")
         for what, cases in seen.items():
-            lines.append(f"  - {'all' if len(cases) == len(measured) else ', '.join(cases)}: {what}")
+            text = f"{'all' if len(cases) == len(measured) else ', '.join(cases)}: {what}"
+            lines += textwrap.wrap(text, _WIDTH, initial_indent="  - ", subsequent_indent="    ")
     return lines
 
 

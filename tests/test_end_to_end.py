@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -157,3 +158,22 @@ def _sha256_of_tokens(windows: np.ndarray) -> str:
     import hashlib
 
     return hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
+
+
+def test_the_notebook_runs_on_a_sweep(cli: Cli, tiny_overrides: list[str], tmp_path: Path) -> None:
+    assert cli("sweep", "quant=iq2_s", *tiny_overrides)[0] == 0
+    source = Path(__file__).parent.parent / "notebooks" / "explore.ipynb"
+    cells = json.loads(source.read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells), "notebooks are stored without output"
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    (tmp_path / "notebooks").mkdir()
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "notebooks",
+        env={**os.environ, "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "ppl change (%)" in result.stdout
