@@ -1,12 +1,17 @@
 """Warnings as data: what a reader of a table must know. Pure: plans and measured values in, findings out."""
 
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
+from harness.compare import Measured, difference, dominators
 from harness.ggml_types import GGML_TYPES
 from harness.plan import Plan
 
+NEARLY_NOTHING_NATS = 1e-5
 MANY_FELL_BACK = 0.10  # share of the weights above which a file's name misleads
 
 
@@ -94,6 +99,114 @@ def overlap_findings(share: float | None, limit: float) -> list[Finding]:
 
 def _count(tensors: Sized) -> str:
     return f"{len(tensors)} tensor{'' if len(tensors) == 1 else 's'}"
+
+
+def case_findings(cases: Sequence[Measured], reference: Measured | None) -> dict[str, list[Finding]]:
+    """What measured variants tell beside each other, by the name of the case."""
+    found: dict[str, list[Finding]] = {case.name: [] for case in cases}
+    standard = sorted((case for case in cases if case.mode == "standard"), key=lambda case: case.file_bytes)
+    by_name = {case.name: case for case in cases}
+    for name, better in dominators(cases).items():
+        saved = by_name[name].file_bytes - by_name[better].file_bytes
+        found[name].append(
+            Finding(
+                "dominated",
+                f"{better} is better beyond noise and "
+                + ("of the same size" if saved == 0 else f"{saved:,} bytes smaller"),
+                "nobody should choose this file",
+                f"publish {better} instead",
+            )
+        )
+    for small, large in pairwise(standard):
+        if small.file_bytes < large.file_bytes and difference(large, small).ln_ppl.sign == 1:
+            found[large.name].append(
+                Finding(
+                    "out_of_order",
+                    f"it is larger than {small.name} and worse beyond noise; with their results exchanged the ladder "
+                    "would be in order",
+                    "two rows or files may have been mixed up, or the type does not suit this model",
+                    "check both files before believing either row",
+                )
+            )
+    for case in cases:
+        if reference and difference(case, reference).ln_ppl.sign == -1:
+            found[case.name].append(
+                Finding(
+                    "better_than_reference",
+                    "its perplexity is lower than the reference's beyond noise",
+                    "quantizing adds no knowledge: chance, or a prompt set that favours a blunter model",
+                    "look at the KL divergence, and measure more and other text",
+                )
+            )
+        if case.kld is not None and float(case.kld.mean()) < NEARLY_NOTHING_NATS:
+            found[case.name].append(
+                Finding(
+                    "nothing_quantized",
+                    f"its mean KLD is {float(case.kld.mean()):.1e} nats",
+                    "the file is as good as the reference: perhaps nothing was quantized",
+                    "look at the plan",
+                )
+            )
+    return found
+
+
+def pair_findings(other: Measured, standard: Measured, p_holm: float | None) -> list[Finding]:
+    """What a row of the comparison tells. p_holm: adjusted for the number of rows."""
+    if np.array_equal(other.nll, standard.nll) or (p_holm is not None and p_holm <= 0.05):
+        return []
+    need = difference(other, standard).ln_ppl.windows_to_resolve(other.nll.shape[0])
+    return [
+        Finding(
+            "within_noise",
+            f"its difference to {standard.name} is within noise"
+            + (f"; about {need} windows would show it" if need else ""),
+            "the sign of the difference may be chance",
+            "measure more windows with prompts.n_windows",
+        )
+    ]
+
+
+def type_findings(other: dict[str, Any], standard: dict[str, Any]) -> list[Finding]:
+    """Whether the two sides of a row differ in more than layers. Both: the record's `variant`."""
+    sides = [
+        f"{name} {standard[f'{name}_type'].upper()} and {other[f'{name}_type'].upper()}"
+        for name in ("embedding", "output")
+        if standard[f"{name}_type"] != other[f"{name}_type"]
+    ]
+    if not sides:
+        return []
+    return [
+        Finding(
+            "types_differ",
+            f"standard and policy differ in their {' and in their '.join(sides)}",
+            "part of the difference comes from there, not from the choice of layers",
+            "compare with a policy without these rules",
+        )
+    ]
+
+
+def environment_findings(environments: Sequence[dict[str, Any]]) -> list[Finding]:
+    """What the machines and the checkout tell about all cases together."""
+    findings = []
+    if any(one["dirty"] for one in environments):
+        findings.append(
+            Finding(
+                "dirty",
+                "the working tree had uncommitted changes when cases were measured",
+                "nobody can check out the code that made these numbers",
+                "commit, then measure again what is to be published",
+            )
+        )
+    if len({(one["machine"], one["cpu"]) for one in environments}) > 1:
+        findings.append(
+            Finding(
+                "machines_differ",
+                "the cases were measured on several machines",
+                "their seconds cannot be compared",
+                "read the sizes and the quality only",
+            )
+        )
+    return findings
 
 
 def lowered_summary(plan: Plan) -> str:

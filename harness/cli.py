@@ -1,5 +1,6 @@
 """The verbs of the command line. The only module that knows Hydra."""
 
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,13 +19,16 @@ Measures what quantizing a GGUF model costs: perplexity, size and CPU speed agai
 verbs
   sweep    quantize, measure and compare: every quant in both modes, and the reference
   plan     show the type of every tensor, the file's bytes and the time, and do nothing
+  compare  two measured cases on the same tokens: difference, interval, what this much text can resolve
   doctor   show versions, CPU features, memory, disk, cache, and whether the default inputs can be had
 
 overrides that matter (any value may be a list a,b,c; `python -m harness sweep --help` shows all groups)
   quant=iq1_m,iq2_s            file types of llama.cpp, lower case
-  mode=standard,dynamicgate    both are the default of a sweep
+  mode=standard,dynamicgate    both are the default of a sweep; placebo: the policy's types on other tensors
   model=smollm2_135m           or model.path=FILE.gguf, or model.hub.repo_id=... model.hub.filename=...
   prompts=wiki_sample          or prompts.path=FILE; prompts.n_windows=16 for smaller errors
+  +experiment=ladder_ultra_low the standard ladder around 1 and 2 bits and DynamicGate on it, instead of quant=
+  +experiment=attribution      what each rule of the policy saves, for the bytes it costs; with quant=...
   calibration=c4_sample        text of the imatrix; or calibration.path=FILE, calibration=none
   policy=dynamicgate           what the mode dynamicgate applies; or policy.file=RULES.yaml
   runtime.threads=2            default: the physical cores
@@ -33,12 +37,15 @@ overrides that matter (any value may be a list a,b,c; `python -m harness sweep -
 examples
   python -m harness sweep quant=iq1_m,iq2_s
   python -m harness plan quant=iq1_m mode=dynamicgate        (--json for programs)
+  python -m harness compare iq1_m-dynamicgate iq1_m-standard
   python -m harness sweep model.path=my-f16.gguf quant=iq2_xs,iq2_s,q2_k prompts.n_windows=16
 
 exit codes: 0 done, 1 a case failed, 2 bad input, 130 stopped (the same command goes on where it was)
 """
 
 GROUPS = ("model", "prompts", "calibration", "quant", "mode", "policy", "measure", "runtime")
+PATH_SETTINGS = ("path", "file", "dir", "cache_dir", "imatrix", "filename")
+CASE_GROUPS = ("quant", "mode", "policy")  # what makes a case; everything else is shared by a sweep
 DEFAULT_MODES = "mode=standard,dynamicgate"
 
 
@@ -51,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb, *rest = arguments
     from harness.errors import UserError, nearest
 
-    verbs = {"sweep": _sweep, "plan": _plan, "doctor": _doctor}
+    verbs = {"sweep": _sweep, "plan": _plan, "compare": _compare, "doctor": _doctor}
     signal.signal(signal.SIGTERM, _stop)
     try:
         if verb not in verbs:
@@ -85,11 +92,12 @@ def compose(overrides: Sequence[str]) -> list["Config"]:
     _register_schema()
     choices: dict[str, list[str]] = {}
     try:
-        for override in OverridesParser.create().parse_overrides(list(overrides)):
+        for override in OverridesParser.create().parse_overrides([_quoted(one) for one in overrides]):
             key = override.get_key_element()
+            _require_plain(override)
+            if key in choices and key in GROUPS:
+                raise _user_error(f"{key}= is given twice: give a list, {key}=a,b")
             if override.is_sweep_override():
-                if not override.is_discrete_sweep():
-                    raise _user_error(f"{override.input_line}: give a list of values")
                 choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             else:
                 choices[key] = [override.input_line or ""]
@@ -98,8 +106,33 @@ def compose(overrides: Sequence[str]) -> list["Config"]:
                 OmegaConf.to_object(hydra_compose("config", list(combination)))  # type: ignore[misc]
                 for combination in itertools.product(*choices.values())
             ]
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
         raise _user_error(_one_line(error, overrides)) from error
+
+
+def _require_plain(override: Any) -> None:
+    """Raises UserError on forms of overrides that would silently do something else than a reader expects."""
+    line, key = override.input_line, override.get_key_element()
+    if override.is_sweep_override() and not override.is_discrete_sweep():
+        raise _user_error(f"{line}: give a list of values")
+    if key.startswith(("+", "~")) and key != "+experiment":
+        raise _user_error(f"{line}: settings are changed, not added or removed; leave out the {key[0]}")
+    value = override.value()
+    if key in GROUPS and not override.is_sweep_override() and not isinstance(value, str):
+        raise _user_error(f"{line}: {key} wants the name of an option, or several with commas and no brackets")
+
+
+def _quoted(override: str) -> str:
+    """A path with characters that Hydra's grammar wants quoted, in quotes; everything else as it is."""
+    key, equals, value = override.partition("=")
+    name = key.rsplit(".", 1)[-1]
+    if name not in PATH_SETTINGS or not equals or value[:1] in ("'", '"') or "," in value:
+        return override
+    return override if re.fullmatch(r"[A-Za-z0-9/._-]+", value) else f"{key}='{_escaped(value)}'"
+
+
+def _escaped(value: str) -> str:
+    return value.replace("'", r"\'")
 
 
 def _sweep(overrides: list[str]) -> int:
@@ -111,12 +144,10 @@ def _sweep(overrides: list[str]) -> int:
     from harness.run import run
 
     console = Console()
-    if not any(one.startswith("mode=") for one in overrides):
-        overrides = [*overrides, DEFAULT_MODES]
-    _require_quant(overrides, "sweep")
+    configs = _configs_of_sweep(overrides)
     failures: list[str] = []
     # Everything is checked for every group of inputs before the first of them is measured.
-    for sweep in [_prepare(group) for group in _by_inputs(compose(overrides))]:
+    for sweep in [_prepare(group) for group in _by_inputs(configs)]:
         console.print(f"{sweep.reference.name} -> {sweep.folder}", highlight=False, markup=False)
         console.print(sweep_summary(sweep), highlight=False, markup=False)
         with ProgressDisplay(console, sweep.estimate_s) as display:
@@ -127,6 +158,19 @@ def _sweep(overrides: list[str]) -> int:
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _configs_of_sweep(overrides: list[str]) -> list["Config"]:
+    """All cases that a sweep's overrides ask for; an experiment brings its own lists of quants and modes."""
+    if any(one.lstrip("+").startswith("experiment=") for one in overrides):
+        lines = compose(_with_quant(overrides))[0].sweep
+        if not any(_has_quant(line.split()) for line in lines):
+            _require_quant(overrides, "this experiment")
+        return [config for line in lines for config in compose([*overrides, *line.split()])]
+    if not any(one.startswith("mode=") for one in overrides):
+        overrides = [*overrides, DEFAULT_MODES]
+    _require_quant(overrides, "sweep")
+    return compose(overrides)
 
 
 def _plan(arguments: list[str]) -> int:
@@ -149,10 +193,24 @@ def _plan(arguments: list[str]) -> int:
     return 0
 
 
+def _compare(arguments: list[str]) -> int:
+    from harness.record import find_record
+    from harness.report import comparison_text
+
+    names = [argument for argument in arguments if "=" not in argument]
+    if len(names) != 2:
+        raise _user_error("compare needs two cases, such as: compare iq1_m-dynamicgate iq1_m-standard")
+    results = compose(_with_quant([one for one in arguments if "=" in one]))[0].results
+    folder = Path(results.dir).expanduser()
+    a, b = (find_record(folder, name, results.name) for name in names)
+    print(comparison_text(a, b))
+    return 0
+
+
 def _doctor(overrides: list[str]) -> int:
     from harness.doctor import doctor_text
 
-    text, healthy = doctor_text(compose([*overrides, "quant=reference"])[0])
+    text, healthy = doctor_text(compose(_with_quant(overrides))[0])
     print(text)
     return 0 if healthy else 1
 
@@ -169,7 +227,7 @@ def _by_inputs(configs: list["Config"]) -> list[list["Config"]]:
 
     groups: dict[str, list[Config]] = {}
     for config in configs:
-        inputs = {name: value for name, value in asdict(config).items() if name not in ("quant", "mode", "policy")}
+        inputs = {name: value for name, value in asdict(config).items() if name not in CASE_GROUPS}
         groups.setdefault(repr(inputs), []).append(config)
     return list(groups.values())
 
@@ -200,8 +258,17 @@ def _options(group: str) -> list[str]:
     return sorted(names | set(FILE_TYPES) if group == "quant" else names)
 
 
+def _has_quant(overrides: list[str]) -> bool:
+    return any(one.startswith("quant=") for one in overrides)
+
+
+def _with_quant(overrides: list[str]) -> list[str]:
+    """For what needs a whole configuration but no quant."""
+    return overrides if _has_quant(overrides) else [*overrides, "quant=reference"]
+
+
 def _require_quant(overrides: list[str], verb: str) -> None:
-    if not any(one.startswith(("quant=", "quant.file_type=")) for one in overrides):
+    if not _has_quant(overrides):
         raise _user_error(f"{verb} needs to know what to quantize: add quant=iq1_m,iq2_s (or any of llama.cpp's types)")
 
 
@@ -213,8 +280,6 @@ def _user_error(message: str) -> Exception:
 
 def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     """Hydra's several lines as one that names the nearest right word."""
-    import re
-
     from harness.errors import nearest
 
     text = f"{error} {error.__cause__ or ''}"
@@ -225,8 +290,10 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     if key:
         return f"there is no setting {key[1]!r}.{nearest(key[1], _setting_names())}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    value = next((one for one in overrides if one.split("=")[0] in text and "=" in one), None)
-    return " ".join([*([f"{value}:"] if value else []), *lines[:1]]) + " (see python -m harness sweep --help)"
+    named = [one for one in overrides if "=" in one and re.search(rf"\b{re.escape(one.split('=')[0])}\b", text)]
+    value = max(named, key=lambda one: len(one.split("=")[0]), default=None)
+    reason = lines[0] if lines else "these settings do not fit together"
+    return f"{value or ' '.join(overrides)}: {reason} (see python -m harness sweep --help)"
 
 
 def _setting_names() -> list[str]:
@@ -247,8 +314,8 @@ def _setting_names() -> list[str]:
 
 def _verb_help(verb: str) -> str:
     lines = [HELP.split("\n\nverbs", maxsplit=1)[0].replace("VERB", verb), "", "groups (GROUP=OPTION)"]
-    for group in GROUPS:
-        lines.append(f"  {group:<12} {_wrapped(_options(group))}")
+    for group in (*GROUPS, "+experiment"):
+        lines.append(f"  {group:<12} {_wrapped(_options(group.lstrip('+')))}")
     lines += ["", "settings (KEY=VALUE; what they mean: harness/config.py)"]
     lines.append(f"  {_wrapped([name for name in _setting_names() if '.' in name], indent=2)}")
     return "\n".join(lines) + "\n"

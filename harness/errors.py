@@ -19,7 +19,7 @@ class EngineError(Exception):
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
     """' Did you mean a, b?' for a misspelt word, or the known words when nothing is near; '' when none are known."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=n, cutoff=0.5)
+    near = difflib.get_close_matches(word.lower(), known, n=n, cutoff=0.5)
     if near:
         return f" Did you mean {', '.join(near)}?"
-    return f" Known: {', '.join(known)}." if known else ""
+    return f" Known: {', '.join(known)}." if 0 < len(known) <= 40 else ""

@@ -1,45 +1,56 @@
-"""Scores windows through the engine: per-token nll and timings. Runs in a child process, one window file at a time."""
+"""Scores windows through the engine: per-token nll and KLD, timings. Runs in a child process."""
 
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from harness import metrics
 from harness.errors import EngineError
-from harness.store import write_npz
+from harness.store import write_atomic, write_npz
 
 
 @dataclass(frozen=True)
 class Scores:
-    """nll: float64 [n_windows, n_scored], nats. decode_s, pass_s: float64 [n_windows], seconds in llama_decode and of
-    the whole pass (with the log-softmax). load_s: seconds to load the model. peak_rss_bytes: None where the system
-    does not tell."""
+    """Per-token values, [n_windows, n_scored] each: nll float64, nats; top int32, the likeliest token; kld float64,
+    nats (None for the reference). decode_s, pass_s: float64 [n_windows], seconds in llama_decode and of the whole pass.
+    load_s: seconds to load the model. peak_rss_bytes: None where the system does not tell."""
 
     nll: np.ndarray
+    top: np.ndarray
+    kld: np.ndarray | None
     decode_s: np.ndarray
     pass_s: np.ndarray
     load_s: float
     peak_rss_bytes: int | None
+
+    @property
+    def per_token(self) -> dict[str, np.ndarray]:
+        """What the record keeps beside itself."""
+        arrays = {"nll": self.nll, "top": self.top}
+        return arrays if self.kld is None else {**arrays, "kld": self.kld}
 
 
 def score(
     model_path: Path,
     windows: np.ndarray,
     window_folder: Path,
+    probability_folder: Path,
     *,
+    is_reference: bool,
     first_scored: int,
     ubatch_tokens: int,
     n_threads: int,
     on_progress: Callable[[float], None] | None = None,
 ) -> Scores:
-    """Negative log-likelihood of the targets first_scored .. n-1 of each window.
+    """Per-token values of the targets first_scored .. n-1 of each window.
 
     windows: int32 [n_windows, n]. Each finished window is stored in `window_folder`, and a window that is already
-    there is not measured again. Raises EngineError on logits that are not finite.
+    there is not measured again. The reference writes its probabilities to `probability_folder`, a file a window; the
+    variants read them there. Raises EngineError on logits that are not finite.
     """
     from harness.engine import model as engine
 
@@ -47,30 +58,69 @@ def score(
     # The logits at position i predict token i + 1; nothing is predicted from the last position.
     wanted = np.zeros(n, bool)
     wanted[first_scored - 1 : n - 1] = True
-    paths = [window_folder / f"window_{i:05d}.npz" for i in range(n_windows)]
     begin = time.perf_counter()
     with engine.open_model(model_path) as model:
         load_s = time.perf_counter() - begin
         vocab_size = engine.n_vocab(model)
         with engine.open_context(model, n_ctx=n, ubatch_tokens=ubatch_tokens, n_threads=n_threads) as context:
             engine.warm_up(context)
-            for i, (window, path) in enumerate(zip(windows, paths, strict=True)):
-                if not path.exists():
-                    nll, decode_s, pass_s = _score_window(engine, context, window, wanted, vocab_size, ubatch_tokens)
-                    write_npz(path, nll=nll, decode_s=decode_s, pass_s=pass_s)
+            for i, window in enumerate(windows):
+                path, probabilities = window_path(window_folder, i), probability_path(probability_folder, i)
+                if not path.exists() or (is_reference and not probabilities.exists()):
+                    batches = engine.decode_window(context, window, wanted, vocab_size, ubatch_tokens)
+                    if is_reference:
+                        values = _score_reference(batches, window, probabilities)
+                    elif not probabilities.exists():
+                        raise EngineError("the reference was not scored, so there is nothing to compare with")
+                    else:
+                        with probabilities.open("rb") as file:
+                            values = _score_window(batches, window, RowReader(file, vocab_size))
+                    write_npz(path, **values)
                 if on_progress:
                     on_progress((i + 1) / n_windows)
-    loaded = []
-    for path in paths:
-        with np.load(path, allow_pickle=False) as stored:
-            loaded.append({name: stored[name] for name in stored.files})
-    return Scores(
-        nll=np.stack([window["nll"] for window in loaded]),
-        decode_s=np.array([float(window["decode_s"]) for window in loaded]),
-        pass_s=np.array([float(window["pass_s"]) for window in loaded]),
-        load_s=load_s,
-        peak_rss_bytes=peak_rss_bytes(),
-    )
+    stored: dict[str, list[np.ndarray]] = {}
+    for i in range(n_windows):
+        with np.load(window_path(window_folder, i), allow_pickle=False) as arrays:
+            for name in arrays.files:
+                stored.setdefault(name, []).append(arrays[name])
+    values = {name: np.stack(arrays) for name, arrays in stored.items()}
+    return Scores(kld=values.pop("kld", None), **values, load_s=load_s, peak_rss_bytes=peak_rss_bytes())
+
+
+class RowReader:
+    """Reads a reference's probabilities in order, few rows at a time, into one buffer (the `ReferenceRows`).
+
+    A row of the file: sum(p ln p) as float64, then the vocabulary's probabilities as float32.
+    """
+
+    def __init__(self, file: BinaryIO, vocab_size: int) -> None:
+        self._file = file
+        self._row = np.dtype([("p_log_p", "<f8"), ("p", "<f4", (vocab_size,))])
+        self._buffer = np.empty(0, self._row)
+
+    def __call__(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next n rows; valid until the next call. Raises EngineError when the file ends before."""
+        if len(self._buffer) < n:
+            self._buffer = np.empty(n, self._row)
+        rows = self._buffer[:n]
+        if self._file.readinto(rows.view(np.uint8)) != rows.nbytes:  # type: ignore[attr-defined]
+            raise EngineError("the reference's probabilities end too early: delete the cache's folder `probabilities`")
+        return rows["p"], rows["p_log_p"]
+
+
+def window_path(folder: Path, i: int) -> Path:
+    """Stored per-token values of one window."""
+    return folder / f"window_{i:05d}.npz"
+
+
+def probability_path(folder: Path, i: int) -> Path:
+    """Stored probabilities of the reference in one window."""
+    return folder / f"window_{i:05d}.p"
+
+
+def probability_bytes(n_windows: int, n_scored: int, vocab_size: int) -> int:
+    """Disk that the reference's probabilities take."""
+    return n_windows * n_scored * (8 + 4 * vocab_size)
 
 
 def default_first_scored(window_tokens: int) -> int:
@@ -96,17 +146,51 @@ def peak_rss_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+Batches = Iterable[tuple[int, np.ndarray, float]]  # first position, logits, seconds in llama_decode
+
+
+def _score_reference(batches: Batches, window: np.ndarray, target: Path) -> dict[str, Any]:
+    """Values of one window of the reference; its probabilities go to `target`."""
+    result: dict[str, Any] = {}
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+
+            def keep(logits: np.ndarray) -> None:
+                for start in range(0, len(logits), 16):
+                    p, p_log_p = metrics.probabilities(logits[start : start + 16])
+                    for row, entropy in zip(p, p_log_p, strict=True):
+                        file.write(np.float64(entropy).tobytes())
+                        file.write(row.tobytes())
+
+            result.update(_score_window(batches, window, None, keep))
+
+    write_atomic(target, write)
+    return result
+
+
 def _score_window(
-    engine: object, context: object, window: np.ndarray, wanted: np.ndarray, vocab_size: int, ubatch_tokens: int
-) -> tuple[np.ndarray, float, float]:
-    begin = time.perf_counter()
-    pieces, decode_s = [], 0.0
-    for first, logits, seconds in engine.decode_window(context, window, wanted, vocab_size, ubatch_tokens):  # type: ignore[attr-defined]
+    batches: Batches,
+    window: np.ndarray,
+    reference: metrics.ReferenceRows | None,
+    keep: Callable[[np.ndarray], None] | None = None,
+) -> dict[str, Any]:
+    """Per-token values and seconds of one window. `keep` sees the logits too; its time does not count."""
+    pieces, decode_s, value_s = [], 0.0, 0.0
+    for first, logits, seconds in batches:
         decode_s += seconds
-        if len(logits):
-            pieces.append(metrics.token_nll(logits, window[first + 1 : first + 1 + len(logits)]))
-    nll = np.concatenate(pieces)
-    if not math.isfinite(float(nll.sum())):
-        bad = int(np.count_nonzero(~np.isfinite(nll)))
+        if not len(logits):
+            continue
+        begin = time.perf_counter()
+        pieces.append(metrics.token_values(logits, window[first + 1 : first + 1 + len(logits)], reference))
+        value_s += time.perf_counter() - begin
+        if keep:
+            keep(logits)
+    nll = np.concatenate([piece.nll for piece in pieces])
+    bad = int(np.count_nonzero(~np.isfinite(nll)))
+    if bad:
         raise EngineError(f"{bad} of {nll.size} tokens got a probability that is not finite: the variant is broken")
-    return nll, decode_s, time.perf_counter() - begin
+    values = {"nll": nll, "top": np.concatenate([piece.top for piece in pieces])}
+    if reference:
+        values["kld"] = np.concatenate([piece.kld for piece in pieces if piece.kld is not None])
+    return {**values, "decode_s": decode_s, "pass_s": decode_s + value_s}

@@ -1,11 +1,11 @@
 """From logits to per-token values, and from those to estimates with errors. numpy only; nothing here knows a model."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-VERSION = 1  # of every per-token value below; records of different versions are not compared
+VERSION = 2  # of every per-token value below; records of different versions are not compared
 
 _ROWS_AT_A_TIME = 16  # 16 rows of a 50k vocabulary are 3 MB: they stay in the cache between the passes over them
 
@@ -17,23 +17,95 @@ class Estimate(NamedTuple):
     se: float | None
 
 
-def token_nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood of each target, in nats.
+class TokenValues(NamedTuple):
+    """Per-token values of one stretch of positions. nll: float64 [n], nats; top: int32 [n], the likeliest token;
+    kld: float64 [n], KL(reference || variant) in nats, or None without a reference."""
 
-    logits: float32 [n, vocab]; targets: int [n]. Returns float64 [n]: log(sum(exp(logit))) - logit[target], with the
-    maximum taken out, exponentials in float32 and their sum in float64 (as llama-perplexity computes it).
+    nll: np.ndarray
+    top: np.ndarray
+    kld: np.ndarray | None
+
+
+class ReferenceRows(Protocol):
+    """The reference's probabilities, read in order: the next `n` rows, float32 [n, vocab], and sum(p ln p), [n]."""
+
+    def __call__(self, n: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def token_values(logits: np.ndarray, targets: np.ndarray, reference: ReferenceRows | None = None) -> TokenValues:
+    """Negative log-likelihood of each target, the likeliest token, and the KL divergence from the reference.
+
+    logits: float32 [n, vocab]; targets: int [n]. nll = log(sum(exp(logit))) - logit[target], with the maximum taken
+    out, exponentials in float32 and their sum in float64 (as llama-perplexity computes it).
+    kld = sum(p ln p) - sum(p ln q) = sum(p ln p) - sum(p logit) + log(sum(exp(logit))), p: the reference.
     """
-    nll = np.empty(len(targets))
-    buffer = np.empty((min(_ROWS_AT_A_TIME, len(targets)), logits.shape[1]), np.float32)
-    for start in range(0, len(targets), _ROWS_AT_A_TIME):
-        rows = logits[start : start + _ROWS_AT_A_TIME]
-        work = buffer[: len(rows)]
-        maximum = rows.max(axis=1)
+    n = len(targets)
+    nll, top = np.empty(n), np.empty(n, np.int32)
+    kld = np.empty(n) if reference else None
+    shifted = np.empty((min(_ROWS_AT_A_TIME, n), logits.shape[1]), np.float32)
+    exponentials = np.empty_like(shifted)
+    for start in range(0, n, _ROWS_AT_A_TIME):
+        stop = min(start + _ROWS_AT_A_TIME, n)
+        rows, here = logits[start:stop], np.arange(stop - start)
+        best = rows.argmax(axis=1)
+        work, exped = shifted[: stop - start], exponentials[: stop - start]
+        maximum = rows[here, best]
         np.subtract(rows, maximum[:, None], out=work)
-        np.exp(work, out=work)
-        chosen = rows[np.arange(len(rows)), targets[start : start + _ROWS_AT_A_TIME]]
-        nll[start : start + len(rows)] = np.log(work.sum(axis=1, dtype=np.float64)) + maximum - chosen
-    return nll
+        np.exp(work, out=exped)
+        log_sum = np.log(exped.sum(axis=1, dtype=np.float64))
+        nll[start:stop] = log_sum + (maximum.astype(np.float64) - rows[here, targets[start:stop]])
+        top[start:stop] = best
+        if reference and kld is not None:
+            p, p_log_p = reference(stop - start)
+            for i in here:  # one dot product a row: BLAS sums in many lanes, so float32 is exact to about 1e-6
+                kld[start + i] = p_log_p[i] - float(np.dot(p[i], work[i])) + log_sum[i]
+    return TokenValues(nll, top, kld)
+
+
+def probabilities(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax in float32 and sum(p ln p) in float64: [n, vocab] and [n]. What a reference keeps for `token_values`."""
+    work = logits - logits.max(axis=1, keepdims=True)
+    p = np.exp(work)
+    total = p.sum(axis=1, dtype=np.float64)
+    p /= total.astype(np.float32)[:, None]
+    # ln p = shifted logit - ln(total): exact where p itself is too small for float32
+    p_log_p = np.einsum("nv,nv->n", p, work, dtype=np.float64) - np.log(total) * p.sum(axis=1, dtype=np.float64)
+    return p, p_log_p
+
+
+def kld_summary(kld: np.ndarray) -> dict[str, float]:
+    """Mean, standard error (tokens as independent), median, percentiles and maximum of per-token KLD, in nats."""
+    flat = kld.ravel()
+    summary = {"kld_mean": float(flat.mean()), "kld_se": float(flat.std() / math.sqrt(max(1, flat.size - 1)))}
+    for percent in (50, 90, 95, 99, 99.9):
+        name = "kld_median" if percent == 50 else f"kld_p{percent:g}".replace(".", "_")
+        summary[name] = float(np.percentile(flat, percent))
+    return {**summary, "kld_max": float(flat.max())}
+
+
+def probability_change(nll: np.ndarray, nll_reference: np.ndarray) -> dict[str, float]:
+    """How the probability of the right token changed: delta p = p_variant - p_reference, in per cent (0 to 100).
+
+    Mean, root mean square and percentiles, as `llama-perplexity --kl-divergence` prints them.
+    """
+    delta = 100 * (np.exp(-nll.ravel()) - np.exp(-nll_reference.ravel()))
+    summary = {"dp_mean_pct": float(delta.mean()), "dp_rms_pct": float(np.sqrt((delta**2).mean()))}
+    for percent in (1, 5, 25, 50, 75, 95, 99):
+        summary[f"dp_p{percent}_pct"] = float(np.percentile(delta, percent))
+    return summary
+
+
+def share(flags: np.ndarray) -> Estimate:
+    """Share of true flags and its binomial standard error, as llama-perplexity prints for "same top"."""
+    p = float(flags.mean())
+    return Estimate(p, math.sqrt(p * (1 - p) / (flags.size - 1)) if flags.size > 1 else None)
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Pearson's correlation of two arrays of per-token nll; None when one of them does not vary."""
+    if a.std() == 0 or b.std() == 0:
+        return None
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
 
 def perplexity(nll: np.ndarray) -> Estimate:

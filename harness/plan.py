@@ -4,9 +4,11 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from harness.errors import UserError
 from harness.ggml_types import GGML_TYPES, fit_type, requires_imatrix, tensor_bytes
@@ -184,6 +186,29 @@ def make_plan(
         return TensorPlan(tensor.name, role, layer, tensor.shape, quantizable, standard, asked, final, rule_name)
 
     return Plan(quant, mode, policy, file_type, header_bytes, tuple(plan_tensor(t) for t in tensors))
+
+
+def placebo_plan(plan: Plan, seed: int | None) -> Plan:
+    """The plan's types in the same number, on other tensors of the same role and shape: the same bytes in the file.
+
+    Without a seed every role's assignments are turned by half the depth, so that what the ends had goes to the middle;
+    with one they are shuffled among all tensors of one shape. A tensor that is alone of its kind (embeddings, output)
+    keeps its type.
+    """
+    rng = None if seed is None else np.random.default_rng(seed)
+    groups: dict[Any, list[TensorPlan]] = defaultdict(list)
+    for tensor in plan.quantizable:
+        if tensor.layer is not None:
+            groups[tensor.shape if rng else (tensor.role, tensor.shape)].append(tensor)
+    moved: dict[str, TensorPlan] = {}
+    for group in groups.values():
+        group.sort(key=lambda t: (t.layer or 0, t.role))
+        n = len(group)
+        donors = rng.permutation(n) if rng else (np.arange(n) + n // 2) % n
+        for tensor, donor in zip(group, donors, strict=True):
+            given = group[int(donor)]
+            moved[tensor.name] = replace(tensor, asked=given.asked, type=given.type, rule=f"placebo: {given.rule}")
+    return replace(plan, tensors=tuple(moved.get(t.name, t) for t in plan.tensors))
 
 
 def reference_plan(tensors: Sequence[TensorInfo], file_bytes: int) -> Plan:

@@ -29,7 +29,7 @@ def plot_tradeoff(runs: pd.DataFrame, title: str, path: Path) -> None:
             axes.errorbar(
                 rows.file_bytes / _MIB,
                 rows.ppl,
-                yerr=rows.ppl_se,
+                yerr=rows.ppl_se.astype(float),
                 fmt=marker,
                 color=colour,
                 label=label,

@@ -17,6 +17,7 @@ from harness.errors import UserError, nearest
 from harness.ggml_types import FILE_TYPES, GGML_TYPES
 
 _KEYS = ("name", "type", "file_types", "roles", "depth", "min_gqa", "min_experts", "max_experts")
+_WEIGHT_TYPES = tuple(name for name in GGML_TYPES if name not in ("i8", "i16", "i32", "i64", "f64"))
 _DEPTH = re.compile(r"(\d+)(?:/(\d+))?\.\.(\d+)(?:/(\d+))?")
 
 Fraction = tuple[int, int]  # numerator, denominator
@@ -70,6 +71,16 @@ def parse_rules(raw: Sequence[Any], where: str) -> tuple[Rule, ...]:
 
 def load_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:
     """Name and rules of the policy that the configuration chooses. Raises UserError on rules that cannot be used."""
+    name, rules = _read_policy(settings)
+    for left_out in settings.without:
+        if left_out not in [rule.name for rule in rules]:
+            known = nearest(left_out, [rule.name for rule in rules])
+            raise UserError(f"policy.without={left_out}: the policy {name} has no such rule.{known}")
+    kept = tuple(rule for rule in rules if rule.name not in settings.without)
+    return "_".join([name, *(f"without_{rule}" for rule in settings.without)]), kept
+
+
+def _read_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:
     if not settings.file:
         return settings.name, parse_rules(settings.rules, f"policy={settings.name}")
     path = Path(settings.file).expanduser()
@@ -77,7 +88,7 @@ def load_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"policy.file={path} cannot be read ({error.strerror}): check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # YAML's constructors raise ValueError, KeyError, RecursionError ... on odd values
         raise UserError(f"policy.file={path} is no YAML ({' '.join(str(error).split())}): mend the file") from error
     if not isinstance(data, dict) or not isinstance(data.get("rules"), list):
         raise UserError(f"policy.file={path} must be a mapping with a list `rules`, as in conf/policy/dynamicgate.yaml")
@@ -114,8 +125,8 @@ def _parse_rule(raw: Any, where: str) -> Rule:
         if not isinstance(raw.get(key), str) or not raw[key]:
             raise UserError(f"{where}: {key} is missing or no text")
     where = f"{where} ({raw['name']})"
-    if raw["type"] not in GGML_TYPES:
-        raise UserError(f"{where}: {raw['type']!r} is no tensor type.{nearest(raw['type'], GGML_TYPES)}")
+    if raw["type"] not in _WEIGHT_TYPES:
+        raise UserError(f"{where}: {raw['type']!r} is no tensor type.{nearest(raw['type'], _WEIGHT_TYPES)}")
     file_types = _names(raw, "file_types", where)
     for name in file_types:
         if name not in FILE_TYPES:

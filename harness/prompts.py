@@ -1,5 +1,6 @@
 """Text -> tokens -> windows: the fixed prompt set, whose id is the sha256 of its token ids."""
 
+import glob
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,9 +38,8 @@ def load_windows(text: TextConfig, group: str, file: Path | None, model: Path, m
     Raises UserError when the text is empty, unreadable, or too short for the windows asked for.
     """
     text_sha256 = cache.sha256(file) if file else key_of("hub", asdict(text.hub))
-    key = key_of(
-        CUT_VERSION, text_sha256, text.format, text.column, text.join, model_id, text.n_windows, text.window_tokens
-    )
+    kind = _format_of(text, file) if file else "hub"
+    key = key_of(CUT_VERSION, text_sha256, kind, text.column, text.join, model_id, text.n_windows, text.window_tokens)
 
     def make(target: Path) -> dict[str, Any]:
         log = cache.path("logs", f"tokenize-{group}", ".log")
@@ -70,25 +70,32 @@ def read_text(text: TextConfig, group: str, file: Path | None) -> str:
 
     Raises UserError when it cannot be read as that.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
     where = f"{group}.path={file}" if file else f"{group}.hub.repo_id={text.hub.repo_id}"
+    kind = _format_of(text, file) if file else "hub"
     try:
+        if file and (kind == "text" or not file.stat().st_size):
+            return file.read_bytes().decode()  # `datasets` would translate the ends of lines
+        import datasets
+
+        datasets.disable_progress_bars()
         if file is None:
             rows = datasets.load_dataset(
                 text.hub.repo_id, text.hub.config, split=text.hub.split, revision=text.hub.revision
             )
         else:
-            kind = text.format or _format_of(file)
-            options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
-            rows = datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True, **options)
-        column, join = ("text", "") if file and kind == "text" else (text.column, text.join)
+            datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would report the load of a local file to a server
+            pattern = glob.escape(str(file))  # `datasets` takes the name for a pattern
+            rows = datasets.load_dataset(kind, data_files=pattern, split="train", streaming=True)
         parts = []
         for row in rows:
-            if column not in row:
-                raise UserError(f"{where} has no column {column!r}: it has {', '.join(row)}; set {group}.column")
-            parts.append(str(row[column] or ""))
+            if text.column not in row:
+                raise UserError(f"{where} has no column {text.column!r}: it has {', '.join(row)}; set {group}.column")
+            value = row[text.column]
+            if not isinstance(value, str | None):
+                raise UserError(
+                    f"{where}: column {text.column!r} holds {type(value).__name__}, not text; set {group}.column"
+                )
+            parts.append(value or "")
     except UserError:
         raise
     except Exception as error:  # datasets raises many kinds, from decoding to the network
@@ -96,7 +103,7 @@ def read_text(text: TextConfig, group: str, file: Path | None) -> str:
         raise UserError(
             f"{where} cannot be read as text ({lines[0][:200]}): check the file and {group}.format"
         ) from error
-    return join.join(parts)
+    return text.join.join(parts)
 
 
 def _cut(text: TextConfig, group: str, file: Path | None, model: Path, target: Path) -> dict[str, Any]:
@@ -104,14 +111,14 @@ def _cut(text: TextConfig, group: str, file: Path | None, model: Path, target: P
 
     content = read_text(text, group, file)
     if not content.strip():
-        raise UserError(f"the text of {group}={text.name} is empty: give a text with words")
+        raise UserError(f"the text of {group} ({text_label(text)}) is empty: give a text with words")
     tokens, bos = tokenize(model, content)
     try:
         windows = cut_windows(tokens, text.n_windows, text.window_tokens, bos)
     except ValueError as error:
         most = len(tokens) // text.window_tokens
         mend = f"{group}.n_windows={most}" if most else f"a longer text, or {group}.window_tokens={len(tokens)} or less"
-        raise UserError(f"the text of {group}={text.name} is too short: {error}; use {mend}") from error
+        raise UserError(f"the text of {group} ({text_label(text)}) is too short: {error}; use {mend}") from error
 
     with target.open("wb") as file_out:
         np.save(file_out, windows)
@@ -125,5 +132,5 @@ def _cut(text: TextConfig, group: str, file: Path | None, model: Path, target: P
 _FORMATS: dict[str, str] = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def _format_of(file: Path) -> str:
-    return _FORMATS.get(file.suffix, "text")
+def _format_of(text: TextConfig, file: Path) -> str:
+    return text.format or _FORMATS.get(file.suffix.lower(), "text")

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 
 from harness import __version__
-from harness.errors import UserError
+from harness.errors import UserError, nearest
 from harness.store import sha256_file, write_json, write_npz
 
 SCHEMA_VERSION = 1
 RECORDS = "records"  # folder below the sweep's folder
+
+# Without these a file is no record.
+REQUIRED = ("key", "status", "quant", "mode", "policy", "created_utc")
 
 # Rows may stand in one table only when these fields of their records are equal.
 COMPARABLE = (
@@ -51,16 +54,27 @@ class Record:
         """quant, mode, policy: what a person calls the case."""
         return self.data["quant"], self.data["mode"], self.data["policy"]
 
-    def nll(self) -> np.ndarray:
-        """Per-token negative log-likelihood: float64 [n_windows, n_scored], nats.
+    @property
+    def name(self) -> str:
+        """quant-mode[+policy], as `compare` takes it; 'reference' for the reference."""
+        quant, mode, policy = self.label
+        return mode if mode == "reference" else f"{quant}-{mode_label(mode, policy)}"
+
+    def per_token(self) -> dict[str, np.ndarray]:
+        """Per-token values, [n_windows, n_scored] each: nll and kld float64, nats; top int32, the likeliest token.
 
         Raises UserError when the side file is missing or not the one that was measured.
         """
         path = self.path.with_suffix(".npz")
-        if not path.is_file() or sha256_file(path) != self.data["side_file_sha256"]:
+        if not path.is_file() or sha256_file(path) != self.data.get("side_file_sha256"):
             raise UserError(f"{path} is missing or was changed: run the sweep again, it will measure this case anew")
         with np.load(path, allow_pickle=False) as arrays:
-            return arrays["nll"]
+            return {name: arrays[name] for name in arrays.files}
+
+
+def mode_label(mode: str, policy: str | None) -> str:
+    """'dynamicgate', or 'dynamicgate+mine' when the mode applied a policy of another name."""
+    return mode if policy in (None, mode) else f"{mode}+{policy}"
 
 
 def record_path(folder: Path, quant: str, mode: str, key: str) -> Path:
@@ -84,6 +98,9 @@ def read_record(path: Path) -> Record:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         version = data["schema_version"]
+        missing = [name for name in REQUIRED if name not in data]
+        if missing and version == SCHEMA_VERSION:
+            raise KeyError(missing[0])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no whole record ({error}): delete it and run the sweep again") from error
     if version != SCHEMA_VERSION:
@@ -100,13 +117,37 @@ def read_records(folder: Path) -> list[Record]:
     return list({record.label: record for record in records}.values())
 
 
+def find_record(folder: Path, name: str, sweep_name: str | None = None) -> Record:
+    """The measured case that a person calls `name` in the sweeps below `folder`, or the record file of that path.
+
+    Raises UserError when there is none, or several, with what there is.
+    """
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise UserError(f"no record at {name}: give a file of a sweep's folder `records`")
+        return read_record(Path(name))
+    records = [
+        record
+        for sweep in sorted(folder.glob(f"{sweep_name or '*'}/{RECORDS}"))
+        for record in read_records(sweep.parent)
+    ]
+    found = [record for record in records if record.name == name and record.ok]
+    if not found:
+        known = {record.name for record in records if record.ok}
+        raise UserError(f"no measured case {name!r} below {folder}.{nearest(name, known)}")
+    if len(found) > 1:
+        names = ", ".join(record.path.parent.parent.name for record in found)
+        raise UserError(f"{name} was measured in several sweeps ({names}): say which with results.name=NAME")
+    return found[0]
+
+
 def is_done(path: Path, key: str) -> bool:
     """Whether a whole, successful record of this very case is there, with its per-token values."""
     if not path.is_file():
         return False
     try:
         record = read_record(path)
-        return record.ok and record.data["key"] == key and bool(record.nll().size)
+        return record.ok and record.data["key"] == key and bool(record.per_token()["nll"].size)
     except UserError:
         return False
 
@@ -122,12 +163,12 @@ def field(data: dict[str, Any], dotted: str) -> Any:
 def first_difference(records: Iterable[dict[str, Any]]) -> tuple[str, Any, Any] | None:
     """The first field of COMPARABLE in which records differ, with both values; None when they all agree.
 
-    The reference has no imatrix: a calibration of None is left out of the comparison.
+    The reference has no imatrix, so its calibration is not compared.
     """
     records = list(records)
     for name in COMPARABLE:
-        values = [field(data, name) for data in records]
-        values = [value for value in values if value is not None] if name == "calibration.id" else values
+        compared = [data for data in records if name != "calibration.id" or data["mode"] != "reference"]
+        values = [field(data, name) for data in compared]
         for value in values[1:]:
             if value != values[0]:
                 return name, values[0], value

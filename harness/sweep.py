@@ -15,11 +15,11 @@ from harness.errors import EngineError, UserError
 from harness.ggml_types import UNQUANTIZED
 from harness.imatrix import read_imatrix
 from harness.isolate import run_in_child
-from harness.measure import default_first_scored
-from harness.plan import STANDARD_RULE, Plan, make_plan
+from harness.measure import default_first_scored, probability_bytes, probability_path
+from harness.plan import STANDARD_RULE, Plan, make_plan, placebo_plan
 from harness.policy import Rule, load_policy
 from harness.prompts import Windows, load_windows
-from harness.record import first_difference, is_done, physical_cores, read_records, record_path
+from harness.record import first_difference, is_done, mode_label, physical_cores, read_records, record_path
 from harness.reference import Reference, require_disk, resolve_reference
 from harness.store import Cache, key_of
 
@@ -82,6 +82,26 @@ class Sweep:
         imatrix_id = self.calibration.id if self.calibration else None
         key = key_of(self.reference.id, imatrix_id, case.plan.id, self.engine_version)
         return self.cache.path("variants", key, ".gguf")
+
+    @property
+    def probability_folder(self) -> Path:
+        """Where the reference's probabilities are, a file a window."""
+        key = key_of(
+            self.reference.id,
+            self.prompts.id,
+            self.first_scored,
+            self.config.measure.ubatch_tokens,
+            metrics.VERSION,
+            self.engine_version,
+        )
+        return self.cache.folder / "probabilities" / key
+
+    @property
+    def missing_probability_bytes(self) -> int:
+        """Disk that the reference's probabilities will still take."""
+        n_windows, n = self.prompts.tokens.shape
+        missing = sum(not probability_path(self.probability_folder, i).exists() for i in range(n_windows))
+        return probability_bytes(missing, n - self.first_scored, self.reference.vocab_size) if self.open_cases else 0
 
     def steps(self, case: Case) -> dict[str, float]:
         """Estimated seconds of what is left to do for a case."""
@@ -150,7 +170,7 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
             metrics.VERSION,
             engine_version,
         )
-        return Case(plan, key, record_path(folder, plan.quant, mode_label(plan), key))
+        return Case(plan, key, record_path(folder, plan.quant, mode_label(plan.mode, plan.policy), key))
 
     all_plans = [reference.plan, *plans] if with_reference else plans
     cases = {case.record_path: case for case in map(case_of, all_plans)}
@@ -213,6 +233,8 @@ def _plans(
             rules=rules if one.mode.apply_policy else (),
             metadata=reference.info.metadata,
         )
+        if one.mode.placebo:
+            plan = placebo_plan(plan, one.mode.placebo_seed)
         if file_type in UNQUANTIZED and any(t.rule != STANDARD_RULE for t in plan.tensors):
             raise UserError(
                 f"policy={policy_name} names tensors of quant={plan.quant}, but llama.cpp gives the tensors of an "
@@ -233,6 +255,7 @@ def _require_same_settings(sweep: Sweep) -> None:
     """Raises UserError when the folder holds records that may not stand in one table with this sweep's."""
     old = [record.data for record in read_records(sweep.folder) if record.ok]
     new = {
+        "mode": "standard",
         "reference": {"id": sweep.reference.id},
         "prompt_set": {"id": sweep.prompts.id},
         "calibration": {"id": sweep.calibration.id if sweep.calibration else None},
@@ -253,11 +276,12 @@ def _require_same_settings(sweep: Sweep) -> None:
 
 
 def _require_room(sweep: Sweep) -> None:
-    open_variants = [case.plan.file_bytes for case in sweep.open_cases if not sweep.variant_path(case).exists()]
-    if not open_variants:
+    if not sweep.open_cases:
         return
-    keep = sweep.config.runtime.keep_variants
-    require_disk(sweep.cache.folder, sum(open_variants) if keep else max(open_variants), "the quantized variants")
+    variants = [case.plan.file_bytes for case in sweep.open_cases if not sweep.variant_path(case).exists()]
+    largest = sum(variants) if sweep.config.runtime.keep_variants else max(variants, default=0)
+    needed = largest + sweep.missing_probability_bytes
+    require_disk(sweep.cache.folder, needed, "the quantized variants and the reference's probabilities")
 
 
 def _require_context(config: Config, reference: Reference) -> None:
@@ -288,11 +312,6 @@ def cache_dir(config: Config) -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("gguf-harness", appauthor=False))
-
-
-def mode_label(plan: Plan) -> str:
-    """'dynamicgate', or 'dynamicgate+mine' when the mode applied a policy of another name."""
-    return plan.mode if plan.policy in (None, plan.mode) else f"{plan.mode}+{plan.policy}"
 
 
 def _last_words(error: EngineError) -> str:

@@ -79,7 +79,7 @@ def test_reference_perplexity_equals_a_naive_loop(
     windows = np.load(windows_path)
     assert (windows[:, 0] == 1).all(), "the model adds BOS, so every window starts with it"
     expected = naive_nll(tiny_gguf, windows, first_scored=65)
-    np.testing.assert_allclose(record.nll(), expected, atol=2e-4)
+    np.testing.assert_allclose(record.per_token()["nll"], expected, atol=2e-4)
     ppl = pd.read_csv(tmp_path / "results" / "tiny" / "runs.csv").set_index("quant").ppl["reference"]
     assert ppl == pytest.approx(math.exp(expected.mean()), rel=1e-4)
 

@@ -51,6 +51,8 @@ def read_header(path: Path) -> GgufInfo:
         finally:
             ggml.gguf_free(gguf)
             ggml.ggml_free(tensor_context)
+    if not tensors:
+        raise UserError(f"{path}: this GGUF holds no tensors: give a model, not a vocabulary")
     # llama_model_quantize sets these two and drops the split keys; every other key is copied.
     for key in ("general.quantization_version", "general.file_type"):
         ggml.gguf_set_val_u32(merged, key.encode(), 0)
@@ -114,8 +116,6 @@ def _tensors(gguf: int, path: Path) -> list[TensorInfo]:
         type_name = ggml.ggml_type_name(ggml.gguf_get_tensor_type(gguf, i)).decode().lower()
         tensors.append(TensorInfo(ggml.gguf_get_tensor_name(gguf, i).decode(), tuple(extents), type_name, size))
     needed, found = ggml.gguf_get_data_offset(gguf) + end, path.stat().st_size
-    if not tensors:
-        raise UserError(f"{path}: this GGUF holds no tensors: give a model, not a vocabulary or an imatrix")
     if found < needed:
         raise UserError(f"{path} is truncated: {found:,} bytes where its header promises {needed:,}: fetch it again")
     return tensors

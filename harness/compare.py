@@ -1,0 +1,111 @@
+"""Paired comparisons of measured cases: any two of them, and each against the standard ladder at equal size. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from harness.stats import Interval, mean_interval
+
+WINS, TIES, LOSES = "wins", "ties", "loses"
+_WORD = {-1: WINS, 0: TIES, 1: LOSES}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One case as the comparisons see it. nll, kld: float64 [n_windows, n_scored], nats; the reference has no kld."""
+
+    name: str
+    quant: str
+    mode: str
+    file_bytes: int
+    nll: np.ndarray
+    kld: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """a minus b on the same tokens. ln_ppl: of mean nll, so exp of it is the ratio of perplexities; kld: of mean KLD,
+    None when one of the two has none."""
+
+    ln_ppl: Interval
+    kld: Interval | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A case against the standard ladder at its own size.
+
+    word: wins, ties or loses; None without neighbours, and then `reason` names what to add. ln_ppl and kld: case minus
+    interpolated ladder, below 0 when the case is better.
+    """
+
+    word: str | None
+    ln_ppl: Interval | None
+    kld: Interval | None
+    kld_word: str | None
+    between: tuple[str, str] | None
+    reason: str | None = None
+
+
+def difference(a: Measured, b: Measured) -> Difference:
+    """Paired difference a - b. Raises ValueError when the two were not measured on the same tokens."""
+    if a.nll.shape != b.nll.shape:
+        raise ValueError(f"{a.name} and {b.name} were measured on different prompt sets")
+    kld = None if a.kld is None or b.kld is None else mean_interval(a.kld - b.kld)
+    return Difference(mean_interval(a.nll - b.nll), kld)
+
+
+def equal_size_verdict(case: Measured, ladder: Sequence[Measured]) -> Verdict:
+    """Does the case beat the standard files around it, had there been one of exactly its size?
+
+    The two neighbours of the standard ladder are interpolated linearly in bytes, token by token, so the comparison is
+    paired. Of several rungs of one size the best counts. Outside the ladder there is no verdict.
+    """
+    rungs = [rung for rung in ladder if rung.mode == "standard"]
+    below = [rung for rung in rungs if rung.file_bytes <= case.file_bytes]
+    above = [rung for rung in rungs if rung.file_bytes >= case.file_bytes]
+    if not below or not above:
+        side = "smaller" if not below else "larger"
+        reason = f"no standard case is {side} than {case.name}: add a {side} quant to the sweep"
+        return Verdict(None, None, None, None, None, reason)
+    low = max(below, key=lambda rung: (rung.file_bytes, -float(rung.nll.mean())))
+    high = min(above, key=lambda rung: (rung.file_bytes, float(rung.nll.mean())))
+    weight = 0.0 if low is high else (case.file_bytes - low.file_bytes) / (high.file_bytes - low.file_bytes)
+    ln_ppl = mean_interval(case.nll - ((1 - weight) * low.nll + weight * high.nll))
+    kld = None
+    if case.kld is not None and low.kld is not None and high.kld is not None:
+        kld = mean_interval(case.kld - ((1 - weight) * low.kld + weight * high.kld))
+    between = (low.name, high.name)
+    return Verdict(_word(ln_ppl), ln_ppl, kld, _word(kld), between, ln_ppl.reason)
+
+
+def dominators(cases: Sequence[Measured]) -> dict[str, str]:
+    """For each dominated case the name of the best one that is no larger and has a lower perplexity beyond noise."""
+    found = {}
+    for case in cases:
+        better = [
+            other
+            for other in cases
+            if other is not case
+            and other.file_bytes <= case.file_bytes
+            and other.nll.mean() < case.nll.mean()
+            and mean_interval(other.nll - case.nll).sign == -1
+        ]
+        if better:
+            found[case.name] = min(better, key=lambda other: float(other.nll.mean())).name
+    return found
+
+
+def pareto_front(cases: Sequence[Measured]) -> set[str]:
+    """Names of the cases that no other one beats or equals in both size and perplexity."""
+    front, best = set(), np.inf
+    for case in sorted(cases, key=lambda one: (one.file_bytes, float(one.nll.mean()))):
+        if case.nll.mean() < best:
+            best = float(case.nll.mean())
+            front.add(case.name)
+    return front
+
+
+def _word(interval: Interval | None) -> str | None:
+    return None if interval is None or interval.sign is None else _WORD[interval.sign]

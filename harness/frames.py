@@ -1,0 +1,212 @@
+"""Records -> data frames: one row a case, one row a comparison. Every number that a table shows is made here."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from harness import metrics
+from harness.compare import Measured, Verdict, difference, dominators, equal_size_verdict, pareto_front
+from harness.record import Record, field
+from harness.stats import Interval, holm, mean_interval
+
+
+def measured_cases(records: Iterable[Record]) -> list[Measured]:
+    """The successful records as the comparisons see them."""
+    cases = []
+    for record in in_order(records):
+        if record.ok:
+            values = record.per_token()
+            quant, mode, _ = record.label
+            n_bytes = record.data["variant"]["file_bytes"]
+            cases.append(Measured(record.name, quant, mode, n_bytes, values["nll"], values.get("kld")))
+    return cases
+
+
+def runs_frame(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a case, the columns that results/README.md documents; absent numbers are empty, never 0."""
+    records = in_order(records)
+    reference = next((r for r in records if r.ok and r.data["mode"] == "reference"), None)
+    reference_values = reference.per_token() if reference else None
+    cases = measured_cases(records)
+    variants = [case for case in cases if case.mode != "reference"]
+    dominated, front = dominators(variants), pareto_front(variants)
+    rows = []
+    for record in records:
+        row = _run_row(record, reference_values)
+        case = next((one for one in variants if one.name == record.name), None)
+        row |= _verdict_columns(equal_size_verdict(case, variants) if case and case.mode != "standard" else None)
+        row["vs_placebo"] = _versus_placebo(case, variants)
+        row["dominated_by"] = dominated.get(record.name)
+        row["on_front"] = case.name in front if case else None
+        rows.append(row | {"key": record.data["key"], "status": record.data["status"]})
+    return pd.DataFrame(rows)
+
+
+def comparison_frame(runs: pd.DataFrame, records: Sequence[Record]) -> pd.DataFrame:
+    """One row for each quant and other mode: standard beside it, as numbers. Deltas are empty without a pair."""
+    cases = {case.name: case for case in measured_cases(records)}
+    good = runs[(runs.status == "ok") & (runs["mode"] != "reference")]
+    rows = []
+    for quant in dict.fromkeys(good.quant):
+        of_quant = good[good.quant == quant]
+        standard = next((row for _, row in of_quant[of_quant["mode"] == "standard"].iterrows()), None)
+        others = [row for _, row in of_quant[of_quant["mode"] != "standard"].iterrows()] or [None]
+        rows += [_pair_row(quant, standard, other, cases) for other in others]
+    for row, p_holm in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"] = p_holm
+    return pd.DataFrame(rows, columns=[*_pair_row("", None, None, {}), "p_holm"])
+
+
+def attribution_frame(records: Sequence[Record]) -> pd.DataFrame:
+    """One row for each case that left rules of a policy out, beside the full policy on the same quant.
+
+    saved_*: how much worse the file is without the rules, so what they save; cost_bytes: what they cost.
+    """
+    cases = {case.name: case for case in measured_cases(records)}
+    labels = {record.label: record.name for record in records if record.ok}
+    rows = []
+    for (quant, mode, policy), name in labels.items():
+        full_policy, _, rules = (policy or "").partition("_without_")
+        full = cases.get(labels.get((quant, mode, full_policy), ""))
+        if not rules or full is None:
+            continue
+        saved = difference(cases[name], full)
+        row: dict[str, Any] = {"name": name, "quant": quant, "policy": full_policy}
+        row["rules"] = rules.replace("_without_", ", ")
+        row["cost_bytes"] = full.file_bytes - cases[name].file_bytes
+        row |= _interval_columns("saved_ln_ppl", saved.ln_ppl) | _interval_columns("saved_kld", saved.kld)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def in_order(records: Iterable[Record]) -> list[Record]:
+    """The reference first, then quants by the size of their standard file, standard before the other modes."""
+    records = list(records)
+    sizes: dict[str, tuple[bool, int]] = {}
+    for record in records:
+        quant, mode, _ = record.label
+        own = (mode != "standard", record.data["variant"]["file_bytes"])
+        sizes[quant] = min(own, sizes.get(quant, own))
+
+    def place(record: Record) -> tuple[Any, ...]:
+        quant, mode, policy = record.label
+        return mode != "reference", sizes[quant][1], quant, mode != "standard", mode, policy or ""
+
+    return sorted(records, key=place)
+
+
+def _run_row(record: Record, reference: dict[str, np.ndarray] | None) -> dict[str, Any]:
+    data = record.data
+    row: dict[str, Any] = {"name": record.name}
+    row |= {name: data[name] for name in ("quant", "mode", "policy", "file_type")}
+    for name in ("n_params", "file_bytes", "bpw", "n_fallback", "fallback_share", "n_quantizable", "n_lowered"):
+        row[name] = data["variant"][name]
+    row |= {name: data["variant"][name] for name in ("embedding_type", "output_type")}
+    row |= _quality_columns(record.per_token() if record.ok else None, reference)
+    pass_s, prompt_set = field(data, "timings.pass_s"), data["prompt_set"]
+    row["pass_s"] = pass_s
+    row["tokens_per_s"] = prompt_set["n_windows"] * prompt_set["window_tokens"] / pass_s if pass_s else None
+    row["load_s"] = field(data, "timings.load_s")
+    row["quantize_s"] = field(data, "timings.quantize_s")
+    row["peak_rss_bytes"] = data.get("peak_rss_bytes")
+    return row
+
+
+def _quality_columns(values: dict[str, np.ndarray] | None, reference: dict[str, np.ndarray] | None) -> dict[str, Any]:
+    """Everything that follows from the per-token values; the same columns, empty, for a failed case."""
+    row: dict[str, Any] = dict.fromkeys(QUALITY_COLUMNS)
+    if values is None:
+        return row
+    nll = values["nll"]
+    row["ppl"], row["ppl_se"] = metrics.perplexity(nll)
+    row["n_windows"], row["n_scored"] = nll.shape[0], nll.size
+    if reference is None:
+        return row
+    ratio = metrics.ln_ppl_ratio(nll, reference["nll"])
+    row["ln_ppl_ratio_vs_reference"], row["ln_ppl_ratio_se"] = ratio
+    if "kld" not in values:
+        return row
+    interval = mean_interval(nll - reference["nll"])
+    row["ln_ppl_ratio_low"], row["ln_ppl_ratio_high"] = interval.low, interval.high
+    row["ln_ppl_correlation"] = metrics.correlation(nll, reference["nll"])
+    row |= metrics.kld_summary(values["kld"])
+    interval = mean_interval(values["kld"])
+    row["kld_low"], row["kld_high"] = interval.low, interval.high
+    row["same_top"], row["same_top_se"] = metrics.share(values["top"] == reference["top"])
+    return row | metrics.probability_change(nll, reference["nll"])
+
+
+QUALITY_COLUMNS = (
+    *("ppl", "ppl_se", "n_windows", "n_scored", "ln_ppl_ratio_vs_reference", "ln_ppl_ratio_se"),
+    *("ln_ppl_ratio_low", "ln_ppl_ratio_high", "ln_ppl_correlation", "kld_mean", "kld_se", "kld_low", "kld_high"),
+    *("kld_median", "kld_p90", "kld_p95", "kld_p99", "kld_p99_9", "kld_max", "same_top", "same_top_se"),
+    *("dp_mean_pct", "dp_rms_pct"),
+    *(f"dp_p{percent}_pct" for percent in (1, 5, 25, 50, 75, 95, 99)),
+)
+
+
+def _verdict_columns(verdict: Verdict | None) -> dict[str, Any]:
+    names = ("verdict", "verdict_kld", "verdict_between", "verdict_reason")
+    row: dict[str, Any] = dict.fromkeys(
+        (*names, *_interval_names("equal_size_ln_ppl"), *_interval_names("equal_size_kld"))
+    )
+    if verdict is None:
+        return row
+    row["verdict"], row["verdict_kld"], row["verdict_reason"] = verdict.word, verdict.kld_word, verdict.reason
+    row["verdict_between"] = " and ".join(verdict.between) if verdict.between else None
+    row |= _interval_columns("equal_size_ln_ppl", verdict.ln_ppl)
+    return row | _interval_columns("equal_size_kld", verdict.kld)
+
+
+def _versus_placebo(case: Measured | None, cases: Sequence[Measured]) -> str | None:
+    """wins, ties or loses against the placebo of the same quant and bytes, so of the same policy; None without one."""
+    if case is None or case.mode == "standard" or case.mode.startswith("placebo"):
+        return None
+    same = [one for one in cases if (one.quant, one.file_bytes) == (case.quant, case.file_bytes)]
+    placebo = next((one for one in same if one.mode.startswith("placebo")), None)
+    if placebo is None:
+        return None
+    sign = difference(case, placebo).ln_ppl.sign
+    return None if sign is None else {-1: "wins", 0: "ties", 1: "loses"}[sign]
+
+
+def _interval_names(prefix: str) -> tuple[str, str, str]:
+    return prefix, f"{prefix}_low", f"{prefix}_high"
+
+
+def _interval_columns(prefix: str, interval: Interval | None) -> dict[str, float | None]:
+    values = (None, None, None) if interval is None else (interval.mean, interval.low, interval.high)
+    return dict(zip(_interval_names(prefix), values, strict=True))
+
+
+def _pair_row(quant: str, standard: Any, other: Any, cases: dict[str, Measured]) -> dict[str, Any]:
+    def get(row: Any, name: str) -> Any:
+        return None if row is None else row[name]
+
+    row: dict[str, Any] = {"quant": quant, "policy": get(other, "policy"), "mode": get(other, "mode")}
+    for prefix, side in (("std", standard), ("dg", other)):
+        row[f"{prefix}_name"] = get(side, "name")
+        row[f"{prefix}_ppl"], row[f"{prefix}_ppl_se"] = get(side, "ppl"), get(side, "ppl_se")
+        row[f"{prefix}_kld"], row[f"{prefix}_same_top"] = get(side, "kld_mean"), get(side, "same_top")
+        row[f"{prefix}_bytes"], row[f"{prefix}_bpw"] = get(side, "file_bytes"), get(side, "bpw")
+        row[f"{prefix}_pass_s"] = get(side, "pass_s")
+    deltas = ("delta_ppl_pct", "delta_ppl_pct_low", "delta_ppl_pct_high", "p", "delta_kld", "delta_kld_low")
+    row |= dict.fromkeys((*deltas, "delta_kld_high", "delta_bytes", "resolvable_pct", "windows_to_resolve"))
+    if standard is not None and other is not None:
+        paired = difference(cases[other["name"]], cases[standard["name"]])
+        ln_ppl = paired.ln_ppl
+        row["delta_ppl_pct"], row["p"] = percent_change(ln_ppl.mean), ln_ppl.p
+        row["delta_ppl_pct_low"], row["delta_ppl_pct_high"] = percent_change(ln_ppl.low), percent_change(ln_ppl.high)
+        row["resolvable_pct"] = percent_change(ln_ppl.resolvable)
+        row["windows_to_resolve"] = ln_ppl.windows_to_resolve(int(other["n_windows"]))
+        row |= _interval_columns("delta_kld", paired.kld)
+        row["delta_bytes"] = other["file_bytes"] - standard["file_bytes"]
+    return row
+
+
+def percent_change(ln_ratio: float | None) -> float | None:
+    """100 * (ratio - 1) from the logarithm of the ratio."""
+    return None if ln_ratio is None else 100 * math.expm1(ln_ratio)

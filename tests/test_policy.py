@@ -1,0 +1,422 @@
+"""The shipped policy against the published table, worked out by hand, and every way in which rules can be wrong."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.config import PolicyConfig
+from harness.errors import UserError
+from harness.ggml_types import FILE_TYPES
+from harness.policy import Rule, Subject, load_policy, matching_rule, parse_rules
+
+POLICY = Path(__file__).resolve().parent.parent / "conf" / "policy" / "dynamicgate.yaml"
+
+# The published rules: layer i of n is in the first quarter when i < n / 4 and in the last when i >= 3 * n / 4, both
+# divisions rounded down. 28: 7 and 21. 30: 7 and 22. 32: 8 and 24.
+FIRST = {
+    28: [0, 1, 2, 3, 4, 5, 6],
+    30: [0, 1, 2, 3, 4, 5, 6],
+    32: [0, 1, 2, 3, 4, 5, 6, 7],
+}
+MIDDLE = {
+    28: [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20],
+    30: [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21],
+    32: [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23],
+}
+LAST = {
+    28: [21, 22, 23, 24, 25, 26, 27],
+    30: [22, 23, 24, 25, 26, 27, 28, 29],
+    32: [24, 25, 26, 27, 28, 29, 30, 31],
+}
+ENDS_TYPE = {
+    "iq1_s": "iq3_s",
+    "iq1_m": "iq3_s",
+    "iq2_xxs": "iq3_s",
+    "iq2_xs": "iq3_s",
+    "iq2_s": "iq4_xs",
+    "iq2_m": "iq4_xs",
+}
+MIDDLE_TYPE = {
+    "iq1_s": "iq2_xxs",
+    "iq1_m": "iq2_xxs",
+    "iq2_xxs": "iq2_xxs",
+    "iq2_xs": "iq2_xxs",
+    "iq2_s": "iq3_s",
+    "iq2_m": "iq3_s",
+}
+SIX = sorted(ENDS_TYPE)
+OTHER_ROLES = [
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_qkv",
+    "attn_output",
+    "attn_norm",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_norm",
+    "ffn_down.bias",
+    "ffn_down_exps",
+    "ffn_down_shexp",
+    "output_norm",
+    "rope_freqs",
+    "per_layer_token_embd",
+]
+
+
+@pytest.fixture(scope="module")
+def rules() -> tuple[Rule, ...]:
+    """The rules of the shipped policy."""
+    return parse_rules(yaml.safe_load(POLICY.read_text(encoding="utf-8"))["rules"], str(POLICY))
+
+
+def chosen(rules: tuple[Rule, ...], file_type: str, role: str, i: int | None = None, n: int | None = None) -> str:
+    """Type that the rules give to a tensor of a dense model without grouped queries; 'none' when no rule holds."""
+    rule = matching_rule(rules, Subject(file_type, role, i, n, 1.0, 0))
+    return rule.type if rule else "none"
+
+
+def subject(**changes: Any) -> Subject:
+    """A tensor in the blocks of a dense model."""
+    return Subject(
+        **{"file_type": "iq1_m", "role": "x", "position": 0, "n_positions": 4, "gqa": 1.0, "n_experts": 0} | changes
+    )
+
+
+@pytest.mark.parametrize("n", [28, 30, 32])
+@pytest.mark.parametrize("file_type", SIX)
+def test_ffn_down_by_quarter_of_depth(rules: tuple[Rule, ...], file_type: str, n: int) -> None:
+    assert FIRST[n] + MIDDLE[n] + LAST[n] == list(range(n)), "the table by hand is whole"
+    expected = dict.fromkeys(FIRST[n] + LAST[n], ENDS_TYPE[file_type]) | dict.fromkeys(
+        MIDDLE[n], MIDDLE_TYPE[file_type]
+    )
+    assert {i: chosen(rules, file_type, "ffn_down", i, n) for i in range(n)} == expected
+
+
+@pytest.mark.parametrize("file_type", SIX)
+@pytest.mark.parametrize("role", ["token_embd", "output"])
+def test_embeddings_and_output_are_q5_k(rules: tuple[Rule, ...], file_type: str, role: str) -> None:
+    assert chosen(rules, file_type, role) == "q5_k"
+
+
+@pytest.mark.parametrize("file_type", SIX)
+@pytest.mark.parametrize("role", OTHER_ROLES)
+def test_no_rule_names_another_tensor(rules: tuple[Rule, ...], file_type: str, role: str) -> None:
+    assert chosen(rules, file_type, role) == "none"
+    assert {chosen(rules, file_type, role, i, 30) for i in range(30)} == {"none"}
+
+
+@pytest.mark.parametrize("file_type", sorted(set(FILE_TYPES) - set(SIX)))
+def test_no_rule_names_another_file_type(rules: tuple[Rule, ...], file_type: str) -> None:
+    for role in ("token_embd", "output"):
+        assert chosen(rules, file_type, role) == "none"
+    for role in ("ffn_down", *OTHER_ROLES):
+        assert {chosen(rules, file_type, role, i, 28) for i in range(28)} == {"none"}
+
+
+def test_the_six_are_file_types_and_neighbours_are_not_among_them() -> None:
+    assert set(SIX) <= set(FILE_TYPES)
+    assert {"iq3_xxs", "iq3_xs", "q2_k", "q4_k_m"} <= set(FILE_TYPES) - set(SIX)
+
+
+@pytest.mark.parametrize(("gqa", "n_experts"), [(4.0, 0), (8.0, 8), (1.0, 128)])
+def test_heads_and_experts_do_not_matter_to_the_shipped_policy(
+    rules: tuple[Rule, ...], gqa: float, n_experts: int
+) -> None:
+    rule = matching_rule(rules, Subject("iq2_m", "ffn_down", 0, 32, gqa, n_experts))
+    assert rule is not None
+    assert rule.type == "iq4_xs"
+
+
+# --- the meaning of the conditions
+
+
+def test_first_rule_that_holds_decides() -> None:
+    rules = parse_rules(
+        [
+            {"name": "narrow", "type": "q6_k", "roles": ["attn_v"]},
+            {"name": "wide", "type": "q4_k"},
+            {"name": "never", "type": "q8_0", "roles": ["attn_q"]},
+        ],
+        "here",
+    )
+    assert matching_rule(rules, subject(role="attn_v")) is rules[0]
+    assert matching_rule(rules, subject(role="attn_q")) is rules[1]
+    assert matching_rule((), subject()) is None
+
+
+def test_all_conditions_must_hold() -> None:
+    rule = Rule("a", "q4_k", ("iq1_m",), ("ffn_up",), (((0, 1), (1, 2)),), 2.0, 4, 8)
+    good = subject(role="ffn_up", gqa=2.0, n_experts=4)
+    assert matching_rule([rule], good) is rule
+    for change in (
+        {"file_type": "iq1_s"},
+        {"role": "ffn_gate"},
+        {"position": 2},
+        {"gqa": 1.9},
+        {"n_experts": 3},
+        {"n_experts": 9},
+    ):
+        other = subject(**{"role": "ffn_up", "gqa": 2.0, "n_experts": 4} | change)
+        assert matching_rule([rule], other) is None, change
+
+
+@pytest.mark.parametrize(
+    ("limits", "holds"),
+    [
+        ({"min_gqa": 4}, {"gqa 4.0", "gqa 8.0"}),
+        ({"min_gqa": 2.5}, {"gqa 4.0", "gqa 8.0"}),
+        ({"min_experts": 8}, {"experts 8", "experts 9"}),
+        ({"max_experts": 8}, {"gqa 1.0", "gqa 4.0", "gqa 8.0", "experts 0", "experts 8"}),
+        ({"max_experts": 0}, {"gqa 1.0", "gqa 4.0", "gqa 8.0", "experts 0"}),
+        ({"min_experts": 8, "max_experts": 8}, {"experts 8"}),
+    ],
+)
+def test_limits_include_their_bounds(limits: dict[str, float], holds: set[str]) -> None:
+    rules = parse_rules([{"name": "a", "type": "q4_k", **limits}], "here")
+    subjects = {f"gqa {gqa}": subject(gqa=gqa) for gqa in (1.0, 4.0, 8.0)}
+    subjects |= {f"experts {n}": subject(n_experts=n) for n in (0, 8, 9)}
+    assert {name for name, one in subjects.items() if matching_rule(rules, one)} == holds
+
+
+def test_a_rule_by_depth_never_names_a_tensor_outside_the_blocks() -> None:
+    rules = parse_rules([{"name": "a", "type": "q4_k", "depth": ["0..1"]}], "here")
+    assert matching_rule(rules, subject(position=None, n_positions=None)) is None
+    assert matching_rule(rules, subject(position=0, n_positions=1)) is rules[0]
+    anywhere = parse_rules([{"name": "a", "type": "q4_k"}], "here")
+    assert matching_rule(anywhere, subject(position=None, n_positions=None)) is anywhere[0]
+
+
+@pytest.mark.parametrize(
+    ("depth", "n", "layers"),
+    [
+        (["0..1"], 3, [0, 1, 2]),
+        (["0..1/2"], 5, [0, 1]),
+        (["1/2..1"], 5, [2, 3, 4]),
+        (["0..1/4"], 3, []),
+        (["3/4..1"], 3, [2]),
+        (["1/3..2/3"], 10, [3, 4, 5]),
+        (["0..1/8", "7/8..1"], 16, [0, 1, 14, 15]),
+        (["0 .. 1/8"], 16, [0, 1]),
+        (["0/1..1/1"], 2, [0, 1]),
+    ],
+)
+def test_depth_ranges_are_half_open_and_rounded_down(depth: list[str], n: int, layers: list[int]) -> None:
+    rules = parse_rules([{"name": "a", "type": "q4_k", "depth": depth}], "here")
+    assert [i for i in range(n) if matching_rule(rules, subject(position=i, n_positions=n))] == layers
+
+
+@settings(deadline=None)
+@given(st.integers(1, 200), st.lists(st.integers(1, 15), min_size=1, max_size=5, unique=True).map(sorted))
+def test_adjoining_ranges_cover_every_layer_once(n: int, cuts: list[int]) -> None:
+    bounds = ["0", *(f"{cut}/16" for cut in cuts), "1"]
+    rules = parse_rules(
+        [
+            {"name": f"r{i}", "type": "q4_k", "depth": [f"{low}..{high}"]}
+            for i, (low, high) in enumerate(itertools.pairwise(bounds))
+        ],
+        "here",
+    )
+    for position in range(n):
+        assert sum(bool(matching_rule([rule], subject(position=position, n_positions=n))) for rule in rules) == 1
+
+
+# --- rules that cannot be used
+
+GOOD = {"name": "first", "type": "q4_k"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("ffn_down", ["mapping", "'ffn_down'"]),
+        (None, ["mapping", "None"]),
+        (["name", "type"], ["mapping"]),
+        ({**GOOD, "name": "b", "typ": "q4_k"}, ["unknown key 'typ'", "type"]),
+        ({**GOOD, "name": "b", "role": ["ffn_down"]}, ["unknown key 'role'", "roles"]),
+        ({**GOOD, "name": "b", 3: 4}, ["unknown key 3"]),
+        ({"type": "q4_k"}, ["name", "missing"]),
+        ({"name": "", "type": "q4_k"}, ["name", "missing"]),
+        ({"name": 7, "type": "q4_k"}, ["name", "no text"]),
+        ({"name": "b"}, ["type", "missing"]),
+        ({"name": "b", "type": None}, ["type", "missing"]),
+        ({"name": "b", "type": ["q4_k"]}, ["type", "no text"]),
+        ({"name": "b", "type": "q4_kk"}, ["(b)", "'q4_kk'", "no tensor type", "q4_k"]),
+        ({"name": "b", "type": "q4_k_m"}, ["(b)", "'q4_k_m'", "no tensor type", "q4_k"]),
+        ({**GOOD, "name": "b", "file_types": ["iq1_m", "iq1_x"]}, ["(b)", "'iq1_x'", "no file type", "iq1_"]),
+        ({**GOOD, "name": "b", "file_types": "iq1_m"}, ["(b)", "file_types", "list", "'iq1_m'"]),
+        ({**GOOD, "name": "b", "file_types": []}, ["(b)", "file_types", "list"]),
+        ({**GOOD, "name": "b", "file_types": None}, ["(b)", "file_types", "list", "None"]),
+        ({**GOOD, "name": "b", "roles": "ffn_down"}, ["(b)", "roles", "list", "'ffn_down'"]),
+        ({**GOOD, "name": "b", "roles": [1]}, ["(b)", "roles", "list"]),
+        ({**GOOD, "name": "b", "roles": {"ffn_down": 1}}, ["(b)", "roles", "list"]),
+        ({**GOOD, "name": "b", "depth": "0..1/4"}, ["(b)", "depth", "list"]),
+        ({**GOOD, "name": "b", "depth": [0.25]}, ["(b)", "depth", "list"]),
+        ({**GOOD, "name": "b", "depth": []}, ["(b)", "depth", "list"]),
+        ({**GOOD, "name": "b", "depth": ["first quarter"]}, ["(b)", "'first quarter'", "0..1/4"]),
+        ({**GOOD, "name": "b", "depth": ["0..0.25"]}, ["(b)", "'0..0.25'", "0..1/4"]),
+        ({**GOOD, "name": "b", "depth": ["1/4"]}, ["(b)", "'1/4'", "0..1/4"]),
+        ({**GOOD, "name": "b", "depth": ["-1/4..1"]}, ["(b)", "'-1/4..1'", "0..1/4"]),
+        ({**GOOD, "name": "b", "depth": ["0..1/4..1"]}, ["(b)", "'0..1/4..1'", "0..1/4"]),
+        ({**GOOD, "name": "b", "depth": ["0..1/4", "1/2..1/4"]}, ["(b)", "'1/2..1/4'", "rise"]),
+        ({**GOOD, "name": "b", "depth": ["1/4..1/4"]}, ["(b)", "'1/4..1/4'", "rise"]),
+        ({**GOOD, "name": "b", "depth": ["1/2..5/4"]}, ["(b)", "'1/2..5/4'", "0..1"]),
+        ({**GOOD, "name": "b", "depth": ["0..2"]}, ["(b)", "'0..2'", "0..1"]),
+        ({**GOOD, "name": "b", "depth": ["0..1/0"]}, ["(b)", "'0..1/0'", "0..1"]),
+        ({**GOOD, "name": "b", "depth": ["0/0..1"]}, ["(b)", "'0/0..1'", "0..1"]),
+        ({**GOOD, "name": "b", "min_gqa": "4"}, ["(b)", "min_gqa", "number", "'4'"]),
+        ({**GOOD, "name": "b", "min_gqa": True}, ["(b)", "min_gqa", "number", "True"]),
+        ({**GOOD, "name": "b", "min_gqa": [4]}, ["(b)", "min_gqa", "number"]),
+        ({**GOOD, "name": "b", "min_experts": 1.5}, ["(b)", "min_experts", "whole number", "1.5"]),
+        ({**GOOD, "name": "b", "min_experts": False}, ["(b)", "min_experts", "whole number", "False"]),
+        ({**GOOD, "name": "b", "max_experts": "many"}, ["(b)", "max_experts", "whole number", "'many'"]),
+    ],
+)
+def test_a_wrong_rule_is_refused_with_its_place_and_the_reason(rule: Any, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_rules([GOOD, rule], "the/file.yaml")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("the/file.yaml, rule 2")
+    for word in words:
+        assert word in message
+
+
+def test_two_rules_of_one_name_are_refused() -> None:
+    rules = [GOOD, {"name": "second", "type": "q4_k"}, {"name": "first", "type": "q6_k"}]
+    with pytest.raises(UserError, match=r"the/file\.yaml.*'first'"):
+        parse_rules(rules, "the/file.yaml")
+
+
+def test_a_whole_rule_is_read_as_it_stands() -> None:
+    raw = {
+        "name": "a",
+        "type": "iq3_s",
+        "file_types": ["iq1_m", "q4_k_m"],
+        "roles": ["ffn_down", "attn_v"],
+        "depth": ["0..1/4", "7/8..1"],
+        "min_gqa": 2,
+        "min_experts": 1,
+        "max_experts": 8,
+    }
+    ranges = (((0, 1), (1, 4)), ((7, 8), (1, 1)))
+    expected = Rule("a", "iq3_s", ("iq1_m", "q4_k_m"), ("ffn_down", "attn_v"), ranges, 2, 1, 8)
+    assert parse_rules([raw], "here") == (expected,)
+
+
+# --- policies from the configuration and from files
+
+
+def write(folder: Path, text: str, name: str = "mine.yaml") -> PolicyConfig:
+    """A policy file and the configuration that names it."""
+    path = folder / name
+    path.write_bytes(text.encode())
+    return PolicyConfig(file=str(path))
+
+
+def refusal(settings: PolicyConfig) -> str:
+    """The one line that load_policy refuses with."""
+    with pytest.raises(UserError) as caught:
+        load_policy(settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_rules_from_the_configuration() -> None:
+    assert load_policy(PolicyConfig()) == ("none", ())
+    name, rules = load_policy(PolicyConfig(name="p", rules=[GOOD]))
+    assert (name, rules) == ("p", (Rule("first", "q4_k"),))
+    assert refusal(PolicyConfig(name="p", rules=[GOOD, {"name": "x"}])).startswith("policy=p, rule 2")
+
+
+def test_a_file_wins_over_the_rules_of_the_configuration(tmp_path: Path) -> None:
+    settings = write(tmp_path, "name: mine\nrules: [{name: a, type: q6_k}]")
+    settings.name, settings.rules = "other", ["rubbish that is not looked at"]
+    assert load_policy(settings) == ("mine", (Rule("a", "q6_k"),))
+
+
+def test_the_shipped_policy_as_a_file_is_the_shipped_policy(rules: tuple[Rule, ...]) -> None:
+    assert load_policy(PolicyConfig(file=str(POLICY))) == ("dynamicgate", rules)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("rules: []", "mine"),
+        ("name: null\nrules: []", "mine"),
+        ("name: My Rules/2\nrules: []", "My_Rules_2"),
+        ("name: ../../etc\nrules: []", "etc"),
+        ("name: 7\nrules: []", "7"),
+    ],
+)
+def test_the_name_of_a_policy_is_safe_for_a_file_name(tmp_path: Path, text: str, name: str) -> None:
+    assert load_policy(write(tmp_path, text))[0] == name
+
+
+@pytest.mark.parametrize("text", ["", "null", "- name: a\n  type: q4_k", "name: x", "rules:", "rules: {a: 1}", "text"])
+def test_a_file_without_a_list_of_rules_is_refused(tmp_path: Path, text: str) -> None:
+    message = refusal(write(tmp_path, text))
+    assert str(tmp_path / "mine.yaml") in message
+    assert "rules" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rules: [",
+        "rules:\n\t- a",
+        "a: b: c",
+        "rules: []\n---\nrules: []",
+        "rules: [*nothing]",
+        "rules: !mine []",
+        "a\0b",
+    ],
+)
+def test_bad_yaml_is_refused(tmp_path: Path, text: str) -> None:
+    message = refusal(write(tmp_path, text))
+    assert str(tmp_path / "mine.yaml") in message
+    assert "YAML" in message
+
+
+def test_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"name: caf\xe9\nrules: []")
+    assert str(path) in refusal(PolicyConfig(file=str(path)))
+
+
+@pytest.mark.parametrize("tag", ["object/apply:os.mkdir", "object/new:os.mkdir", "name:os.mkdir", "module:os"])
+def test_python_objects_in_yaml_are_refused_and_do_nothing(tmp_path: Path, tag: str) -> None:
+    made = tmp_path / "made"
+    message = refusal(write(tmp_path, f"rules: !!python/{tag} ['{made}']"))
+    assert "python/" in message
+    assert not made.exists()
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    message = refusal(PolicyConfig(file=str(tmp_path / "no.yaml")))
+    assert str(tmp_path / "no.yaml") in message
+    assert "No such file" in message
+    assert str(tmp_path) in refusal(PolicyConfig(file=str(tmp_path)))
+
+
+def test_a_wrong_rule_in_a_file_names_the_file_and_the_rule(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path, "rules:\n- {name: a, type: q4_k}\n- {name: b, type: q4_z}"))
+    assert message.startswith(f"{tmp_path / 'mine.yaml'}, rule 2 (b)")
+
+
+@pytest.mark.parametrize(
+    "text", ["name: 2025-13-45\nrules: []", "name: !!int x\nrules: []", "name: !!bool x\nrules: []", "[" * 3000]
+)
+def test_yaml_values_that_cannot_be_made_are_refused(tmp_path: Path, text: str) -> None:
+    assert str(tmp_path / "mine.yaml") in refusal(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("type_name", ["i8", "i32", "f64"])
+def test_types_that_are_no_weights_are_refused(type_name: str) -> None:
+    with pytest.raises(UserError, match=type_name):
+        parse_rules([{"name": "a", "type": type_name}], "here")
