@@ -41,6 +41,15 @@ def plan_findings(plan: Plan) -> list[Finding]:
                 "choose a quant that the policy's rules name",
             )
         )
+    if plan.idle_rules:
+        findings.append(
+            Finding(
+                "idle_rules",
+                f"rules of the policy {plan.policy} decide no tensor of this model: {', '.join(plan.idle_rules)}",
+                "a role may be misspelt, or earlier rules take its tensors",
+                "compare the rule's roles with the tensors in the plan",
+            )
+        )
     share = plan.share_of_weights(plan.fell_back)
     if plan.fell_back:
         widths = sorted({t.shape[0] for t in plan.fell_back})

@@ -1,5 +1,6 @@
 """The verbs of the command line. The only module that knows Hydra."""
 
+import os
 import re
 import signal
 import sys
@@ -66,10 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "-h" in rest or "--help" in rest:
             print(_verb_help(verb), end="")
             return 0
-        return verbs[verb](rest)
+        code = verbs[verb](rest)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("stopped; what was measured is kept, the same command goes on from there", file=sys.stderr)
         return 130
@@ -90,6 +96,9 @@ def compose(overrides: Sequence[str]) -> list["Config"]:
     from omegaconf.errors import OmegaConfBaseException
 
     _register_schema()
+    for one in overrides:
+        if "=" not in one:
+            raise _user_error(f"{one!r} is no setting: write KEY=VALUE, and lists without spaces (quant=iq1_m,iq2_s)")
     choices: dict[str, list[str]] = {}
     try:
         for override in OverridesParser.create().parse_overrides([_quoted(one) for one in overrides]):
@@ -145,14 +154,21 @@ def _sweep(overrides: list[str]) -> int:
 
     console = Console()
     configs = _configs_of_sweep(overrides)
+    sweeps = [_prepare(group) for group in _by_inputs(configs)]
+    for i, sweep in enumerate(sweeps):
+        if sweep.folder in [other.folder for other in sweeps[:i]]:
+            raise _user_error(
+                f"a list of settings other than quant, mode and policy asks for two sweeps in one folder "
+                f"({sweep.folder}): run them one by one, each with a results.name of its own"
+            )
     failures: list[str] = []
     # Everything is checked for every group of inputs before the first of them is measured.
-    for sweep in [_prepare(group) for group in _by_inputs(configs)]:
+    for sweep in sweeps:
         console.print(f"{sweep.reference.name} -> {sweep.folder}", highlight=False, markup=False)
         console.print(sweep_summary(sweep), highlight=False, markup=False)
         with ProgressDisplay(console, sweep.estimate_s) as display:
             failures += run(sweep, display)
-        report = write_report(sweep.folder)
+        report = write_report(sweep.folder, [case.key for case in sweep.cases])
         print(f"\n{report.text}")
         print("written:", *report.paths, sep="\n  ")
     for failure in failures:
@@ -194,13 +210,16 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _compare(arguments: list[str]) -> int:
+    from harness.config import check
     from harness.record import find_record
     from harness.report import comparison_text
 
     names = [argument for argument in arguments if "=" not in argument]
     if len(names) != 2:
         raise _user_error("compare needs two cases, such as: compare iq1_m-dynamicgate iq1_m-standard")
-    results = compose(_with_quant([one for one in arguments if "=" in one]))[0].results
+    config = compose(_with_quant([one for one in arguments if "=" in one]))[0]
+    check(config)
+    results = config.results
     folder = Path(results.dir).expanduser()
     a, b = (find_record(folder, name, results.name) for name in names)
     print(comparison_text(a, b))

@@ -164,6 +164,8 @@ def check(config: Config) -> None:
     for name, text in (("prompts", config.prompts), ("calibration", config.calibration)):
         if text.format not in (None, "text", "json", "parquet"):
             raise UserError(f"{name}.format={text.format}: give text, json (also for jsonl) or parquet")
+    if not 0 <= config.calibration.max_overlap <= 1:
+        raise UserError(f"calibration.max_overlap={config.calibration.max_overlap}: give a share from 0 to 1")
     if config.results.name is not None and not _is_folder_name(config.results.name):
         raise UserError(f"results.name={config.results.name!r}: give a plain folder name; results.dir says where")
 

@@ -50,13 +50,13 @@ def run_in_child(
             if kind == "progress":
                 if on_progress:
                     on_progress(payload)
-            elif kind == "result":
-                process.join(timeout=5)
+                continue
+            process.join(timeout=5)  # let it clean up: killed at once, it would leave semaphores behind
+            if kind == "result":
                 return payload
-            elif kind == "user_error":
+            if kind == "user_error":
                 raise UserError(payload)
-            else:
-                raise EngineError(payload, log_tail(log_path))
+            raise EngineError(payload, log_tail(log_path))
         process.join()
         raise EngineError(_cause_of_death(process.exitcode), log_tail(log_path))
     finally:

@@ -12,6 +12,8 @@ from harness import metrics
 from harness.errors import EngineError
 from harness.store import write_atomic, write_npz
 
+_BROKEN_NLL = 700.0  # exp of it is close to the largest float64
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -190,6 +192,8 @@ def _score_window(
     bad = int(np.count_nonzero(~np.isfinite(nll)))
     if bad:
         raise EngineError(f"{bad} of {nll.size} tokens got a probability that is not finite: the variant is broken")
+    if nll.mean() > _BROKEN_NLL:
+        raise EngineError(f"the mean nll is {nll.mean():.0f} nats, no perplexity is that large: the variant is broken")
     values = {"nll": nll, "top": np.concatenate([piece.top for piece in pieces])}
     if reference:
         values["kld"] = np.concatenate([piece.kld for piece in pieces if piece.kld is not None])

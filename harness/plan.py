@@ -75,6 +75,7 @@ class Plan:
     file_type: str | None
     header_bytes: int
     tensors: tuple[TensorPlan, ...]
+    idle_rules: tuple[str, ...] = ()  # rules for this file type that decide no tensor
 
     @cached_property
     def quantizable(self) -> tuple[TensorPlan, ...]:
@@ -185,7 +186,10 @@ def make_plan(
                     raise UserError(f"policy {policy}, rule {rule.name}: {tensor.name}: {error}") from error
         return TensorPlan(tensor.name, role, layer, tensor.shape, quantizable, standard, asked, final, rule_name)
 
-    return Plan(quant, mode, policy, file_type, header_bytes, tuple(plan_tensor(t) for t in tensors))
+    planned = tuple(plan_tensor(t) for t in tensors)
+    used = {t.rule for t in planned}
+    idle = tuple(r.name for r in rules if r.name not in used and (not r.file_types or file_type in r.file_types))
+    return Plan(quant, mode, policy, file_type, header_bytes, planned, idle)
 
 
 def placebo_plan(plan: Plan, seed: int | None) -> Plan:

@@ -86,7 +86,8 @@ def sweep_summary(sweep: Sweep) -> str:
             state = f"same as {twin.name}" if twin else f"about {cost.minutes(sum(sweep.steps(case).values()))}"
         lines.append(f"  {case.name:<24} {plan.file_bytes / (1 << 20):9.1f} MiB  {plan.bpw:6.3f} bpw  {state}")
     if sweep.open_cases:
-        lines.append(f"{len(sweep.open_cases)} cases to measure, about {cost.minutes(sweep.estimate_s)}")
+        n = sum(not sweep.twin(case) for case in sweep.open_cases)
+        lines.append(f"{n} case{'' if n == 1 else 's'} to measure, about {cost.minutes(sweep.estimate_s)}")
     else:
         lines.append("everything is there: no case is left to measure")
     return "\n".join(lines)

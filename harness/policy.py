@@ -4,6 +4,7 @@ A rule is a mapping: `name`, `type`, and any of the conditions `file_types`, `ro
 `min_experts`, `max_experts`. All conditions must hold; the first rule that holds decides. docs/policies.md explains.
 """
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,9 @@ def _names(raw: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
 
 def _number(raw: dict[str, Any], key: str, where: str) -> float | None:
     value = raw.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    ):
         raise UserError(f"{where}: {key} must be a number, not {value!r}")
     return value
 

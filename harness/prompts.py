@@ -47,7 +47,11 @@ def load_windows(text: TextConfig, group: str, file: Path | None, model: Path, m
 
     path = cache.make("windows", key, ".npy", make)
     facts = cache.facts(path)
-    tokens = np.load(path, allow_pickle=False)
+    try:
+        tokens = np.load(path, allow_pickle=False)
+    except ValueError:  # damaged on the disk
+        path.unlink()
+        tokens = np.load(cache.make("windows", key, ".npy", make), allow_pickle=False)
     return Windows(text_label(text), tokens, **facts)
 
 
@@ -117,7 +121,8 @@ def _cut(text: TextConfig, group: str, file: Path | None, model: Path, target: P
         windows = cut_windows(tokens, text.n_windows, text.window_tokens, bos)
     except ValueError as error:
         most = len(tokens) // text.window_tokens
-        mend = f"{group}.n_windows={most}" if most else f"a longer text, or {group}.window_tokens={len(tokens)} or less"
+        fits = len(tokens) // text.n_windows
+        mend = f"{group}.n_windows={most}" if most else f"a longer text, or {group}.window_tokens={fits} or less"
         raise UserError(f"the text of {group} ({text_label(text)}) is too short: {error}; use {mend}") from error
 
     with target.open("wb") as file_out:

@@ -6,7 +6,7 @@ results/README.md documents the fields. The per-token values lie beside the reco
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -108,12 +108,16 @@ def read_record(path: Path) -> Record:
     return Record(data, path)
 
 
-def read_records(folder: Path) -> list[Record]:
-    """All records of a sweep, oldest first; of two with the same label the newer one.
+def read_records(folder: Path, wanted: Collection[str] = ()) -> list[Record]:
+    """All records of a sweep, oldest first; of two with the same label the one whose key is `wanted`, else the newer.
 
     Raises UserError when one of them cannot be read.
     """
-    records = sorted((read_record(p) for p in (folder / RECORDS).glob("*.json")), key=lambda r: r.data["created_utc"])
+
+    def place(record: Record) -> tuple[bool, str]:
+        return record.data["key"] in wanted, record.data["created_utc"]
+
+    records = sorted((read_record(p) for p in (folder / RECORDS).glob("*.json")), key=place)
     return list({record.label: record for record in records}.values())
 
 
@@ -126,11 +130,8 @@ def find_record(folder: Path, name: str, sweep_name: str | None = None) -> Recor
         if not Path(name).is_file():
             raise UserError(f"no record at {name}: give a file of a sweep's folder `records`")
         return read_record(Path(name))
-    records = [
-        record
-        for sweep in sorted(folder.glob(f"{sweep_name or '*'}/{RECORDS}"))
-        for record in read_records(sweep.parent)
-    ]
+    sweeps = [folder / sweep_name] if sweep_name else sorted(path.parent for path in folder.glob(f"*/{RECORDS}"))
+    records = [record for sweep in sweeps for record in read_records(sweep)]
     found = [record for record in records if record.name == name and record.ok]
     if not found:
         known = {record.name for record in records if record.ok}
@@ -197,8 +198,8 @@ def environment(engine: dict[str, str]) -> dict[str, Any]:
 
 
 def utc_now() -> str:
-    """ISO 8601 with seconds, UTC."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    """ISO 8601 with microseconds, UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
 
 
 def physical_cores() -> int:

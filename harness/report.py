@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,13 @@ class Report:
     paths: tuple[Path, ...]
 
 
-def write_report(folder: Path) -> Report:
-    """Tables and plot of all records in a sweep's folder, written beside them.
+def write_report(folder: Path, wanted: Collection[str] = ()) -> Report:
+    """Tables and plot of all records in a sweep's folder, written beside them. Of two records with one name the one
+    whose key is `wanted` counts, else the newer.
 
     Raises UserError when the records may not stand in one table.
     """
-    records = read_records(folder)
+    records = read_records(folder, wanted)
     if not records:
         raise UserError(f"{folder} holds no records: run a sweep into it first")
     measured = [record for record in records if record.ok]

@@ -8,7 +8,7 @@ import numpy as np
 
 from harness import checks, metrics
 from harness.calibration import require_coverage
-from harness.errors import EngineError
+from harness.errors import EngineError, UserError
 from harness.imatrix import make_imatrix, read_imatrix
 from harness.isolate import run_in_child
 from harness.measure import Scores, score
@@ -41,7 +41,8 @@ def run(sweep: Sweep, display: ProgressDisplay) -> list[str]:
         except EngineError as error:
             log = error.log_tail
             _write(sweep, case, begun, {"status": "failed", "error": str(error), "log_tail": log}, {})
-            failures.append(f"{case.name} failed: {error}" + (f" (last log line: {log[-1].strip()})" if log else ""))
+            said = [line.strip() for line in log if "error" in line.lower() or "assert" in line.lower()]
+            failures.append(f"{case.name} failed: {error}{f' ({said[-1]})' if said else ''}; see {case.record_path}")
     return failures
 
 
@@ -193,7 +194,12 @@ def _make_imatrix(sweep: Sweep, on_progress: Any) -> None:
         )
 
     path = sweep.cache.make("imatrix", calibration.id, ".gguf", make)
-    require_coverage(read_imatrix(path), [case.plan for case in sweep.cases], path)
+    try:
+        weights = read_imatrix(path)
+    except UserError:  # our own file was damaged on the disk
+        path.unlink()
+        weights = read_imatrix(sweep.cache.make("imatrix", calibration.id, ".gguf", make))
+    require_coverage(weights, [case.plan for case in sweep.cases], path)
 
 
 def engine_facts() -> dict[str, str]:

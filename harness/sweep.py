@@ -131,6 +131,7 @@ class Sweep:
 
 def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool = True) -> Sweep:
     """Resolve the inputs and plan every case. The configurations differ in quant, mode and policy only.
+    `with_reference=False` is for a look at plans alone: results are not looked at.
 
     Raises UserError, before anything slow, on whatever would make a case impossible or its numbers meaningless.
     """
@@ -142,7 +143,8 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
     n_threads = config.runtime.threads or physical_cores()
     cache = Cache(cache_dir(config))
     folder = Path(config.results.dir).expanduser() / results_name(config)
-    _require_writable(folder, config)
+    if with_reference:
+        _require_writable(folder, config)
 
     prompt_file = sources.text_file(config.prompts, "prompts", cache, say)
     text = calibration_file(config.calibration, cache, say)
@@ -186,8 +188,9 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
         first_scored,
         engine_version,
     )
-    _require_same_settings(sweep)
-    _require_room(sweep)
+    if with_reference:
+        _require_same_settings(sweep)
+        _require_room(sweep)
     return sweep
 
 
@@ -296,8 +299,10 @@ def _require_context(config: Config, reference: Reference) -> None:
 
 def _require_writable(folder: Path, config: Config) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        existing = folder
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        with tempfile.TemporaryFile(dir=existing):  # nothing is made for a sweep that is refused later
             pass
     except OSError as error:
         raise UserError(
@@ -316,8 +321,11 @@ def cache_dir(config: Config) -> Path:
 
 def _last_words(error: EngineError) -> str:
     """The error, and what llama.cpp logged last, on one line."""
-    errors = [line.strip() for line in error.log_tail if "error" in line.lower() or "failed" in line.lower()]
-    return str(error) + (f" ({errors[-1]})" if errors else "")
+    for word in ("error", "failed"):
+        lines = [line.strip() for line in error.log_tail if word in line.lower()]
+        if lines:
+            return f"{error} ({lines[-1]})"
+    return str(error)
 
 
 def _short(value: Any) -> str:

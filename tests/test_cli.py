@@ -35,7 +35,21 @@ def folders(tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def refused(cli: Cli, folders: list[str]) -> Refused:
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ought to be refused and is not fails here, before anything is fetched or measured."""
+    import harness.doctor
+    import harness.sources
+
+    def begun(*_: object, **__: object) -> None:
+        pytest.fail("the command was not refused")
+
+    monkeypatch.setattr(harness.sources, "wheel_file", begun)
+    monkeypatch.setattr(harness.sources, "model_file", begun)
+    monkeypatch.setattr(harness.doctor, "doctor_text", begun)
+
+
+@pytest.fixture
+def refused(cli: Cli, folders: list[str], no_work: None) -> Refused:
     """Run a command that must be refused: exit code 2 and one line on stderr, which is returned."""
 
     def run(*arguments: str) -> str:

@@ -129,11 +129,22 @@ def _abort_on_variants(model: Path, *args: object, **kwargs: object) -> object:
     return score(model, *args, **kwargs)  # type: ignore[arg-type]
 
 
+def _heed_ctrl_c() -> None:
+    """Shells start background jobs with SIGINT ignored, and so would be what the tests start from there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_sweep_goes_on_where_it_was(tiny_overrides: list[str], tmp_path: Path, stop: signal.Signals) -> None:
     command = [sys.executable, "-m", "harness", "sweep", "quant=iq2_xs,iq3_s", *tiny_overrides]
     records = tmp_path / "results" / "tiny" / "records"
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_heed_ctrl_c,  # noqa: PLW1509  # no threads are running here
+    )
     deadline = time.monotonic() + 120
     while len(list(records.glob("*.json"))) < 2 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)

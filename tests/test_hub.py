@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +64,12 @@ def refused(result: Result, tmp_path: Path) -> str:
     assert not list(tmp_path.glob("cache*/variants/*"))
     assert not list((tmp_path / "results").rglob("*.json"))
     return lines[0]
+
+
+def together(*runs: Callable[[], Result]) -> list[Result]:
+    """Their results; two at a time, because each is a process that imports much."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda one: one(), runs))
 
 
 # -- what works
@@ -172,23 +179,19 @@ def test_data_set_of_the_hub_is_the_prompts(run: Run, hub: FakeHub, tiny_gguf: P
 # -- what is refused
 
 
-@pytest.mark.parametrize(
-    ("overrides", "parts"),
-    [
-        (["model.hub.filename=nothing.gguf"], ["someone/tiny/nothing.gguf", "404"]),
-        (["model.hub.repo_id=someone/nothing"], ["someone/nothing", "401", "HF_TOKEN"]),
-        (["model.hub.repo_id=a/b/c"], ["a/b/c", "model.hub"]),
-        (["model.hub.filename=null"], ["someone/tiny", "model.hub.filename"]),
-        ([f"model.hub.sha256={'0' * 64}"], ["0" * 64, "expected"]),
-    ],
-    ids=["file", "repo", "repo-name", "no-filename", "sha256"],
-)
-def test_what_the_hub_does_not_have_is_refused(
-    run: Run, tmp_path: Path, overrides: list[str], parts: list[str]
-) -> None:
-    line = refused(run("plan", *overrides), tmp_path)
-    for part in parts:
-        assert part in line
+def test_what_the_hub_does_not_have_is_refused(run: Run, tmp_path: Path) -> None:
+    cases = {
+        "model.hub.filename=nothing.gguf": ["someone/tiny/nothing.gguf", "404"],
+        "model.hub.repo_id=someone/nothing": ["someone/nothing", "401", "HF_TOKEN"],
+        "model.hub.repo_id=a/b/c": ["a/b/c", "model.hub"],
+        "model.hub.filename=null": ["someone/tiny", "model.hub.filename"],
+        f"model.hub.sha256={'0' * 64}": ["0" * 64, "expected"],
+    }
+    results = together(*(partial(run, "plan", override, cache=f"cache-{i}") for i, override in enumerate(cases)))
+    for result, (override, parts) in zip(results, cases.items(), strict=True):
+        line = refused(result, tmp_path)
+        for part in parts:
+            assert part in line, override
 
 
 def test_pages_instead_of_a_model_are_refused(run: Run, hub: FakeHub, tmp_path: Path) -> None:
@@ -199,13 +202,18 @@ def test_pages_instead_of_a_model_are_refused(run: Run, hub: FakeHub, tmp_path: 
     assert "someone/tiny" in refused(run("plan"), tmp_path)
 
 
-def test_data_set_that_is_not_there_is_refused(run: Run, hub: FakeHub, tmp_path: Path) -> None:
-    overrides = ["prompts=wikitext2", "prompts.path=null"]
-    assert "Salesforce/wikitext" in refused(run("plan", *overrides), tmp_path)
-    assert "Salesforce/wikitext" in refused(run("plan", *overrides, HF_HUB_OFFLINE="1"), tmp_path)
-    hub.repos["datasets/Salesforce/wikitext"] = wikitext({"test": ["the of"], "train": ["and"]})
-    line = refused(run("plan", *overrides, "prompts.column=nothing"), tmp_path)
-    assert "nothing" in line and "text" in line
+def test_data_set_that_is_not_there_is_refused(run: Run, hub: FakeHub, tiny_gguf: Path, tmp_path: Path) -> None:
+    wiki = ["prompts=wikitext2", "prompts.path=null"]
+    hub.repos["datasets/someone/columns"] = wikitext({"test": ["the of"], "train": ["and"]})
+    absent, offline, column = together(
+        partial(run, "plan", *wiki, cache="cache-1"),
+        partial(run, "plan", *wiki, f"model.path={tiny_gguf}", cache="cache-2", HF_HUB_OFFLINE="1"),
+        partial(run, "plan", *wiki, "prompts.hub.repo_id=someone/columns", "prompts.column=nothing", cache="cache-3"),
+    )
+    assert "Salesforce/wikitext" in refused(absent, tmp_path)
+    assert "Salesforce/wikitext" in refused(offline, tmp_path)
+    line = refused(column, tmp_path)
+    assert "nothing" in line and "someone/columns" in line
 
 
 # -- connections that break

@@ -299,11 +299,30 @@ def test_too_short_for_the_windows_says_how_many_fit(
     assert code == 0, err
 
 
-def test_too_short_for_one_window_says_how_long_it_is(cli: Cli, tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_too_short_for_one_window_says_which_windows_fit(
+    cli: Cli, tiny_overrides: list[str], tiny_gguf: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "short.txt"
-    path.write_text("the of and")
-    result = cli("sweep", "quant=q8_0", "mode=standard", *tiny_overrides, f"prompts.path={path}")
-    refused(result, tmp_path, "prompts (short)", "too short", "longer text")
+    path.write_text("the of and in to a was is")
+    overrides = ["quant=q8_0", "mode=standard", *tiny_overrides, f"prompts.path={path}"]
+    fits = len(tokenize(tiny_gguf, path.read_text())[0]) // 2
+    line = refused(cli("sweep", *overrides), tmp_path, "prompts (short)", "too short", "longer text")
+    assert f"prompts.window_tokens={fits} or less" in line, "of 2 windows each"
+    code, _, err = cli("plan", *overrides, f"prompts.window_tokens={fits}")
+    assert code == 0, err
+
+
+def test_rows_beside_the_default_group_are_read_as_rows(
+    cli: Cli, tiny_overrides: list[str], tiny_gguf: Path, tmp_path: Path
+) -> None:
+    """`prompts.path=FILE.jsonl` alone must do, whatever the default group says of its own file."""
+    rows = write_rows(tmp_path, ["the of and in", "to a was is"] * 40)
+    overrides = ["quant=q8_0", "mode=standard", *tiny_overrides, "calibration=none"]
+    code, _, err = cli("plan", *overrides, f"prompts.path={rows['jsonl']}")
+    assert code == 0, err
+    (windows,) = (tmp_path / "cache" / "windows").glob("*.npy")
+    tokens, bos = tokenize(tiny_gguf, rows["txt"].read_text())[:2]
+    np.testing.assert_array_equal(np.load(windows), cut_windows(tokens, 2, 128, bos))
 
 
 def test_missing_text_and_binary_text_are_refused(cli: Cli, tiny_overrides: list[str], tmp_path: Path) -> None:
@@ -386,7 +405,7 @@ def test_quantizing_without_imatrix(cli: Cli, tiny_overrides: list[str], tmp_pat
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("nothing.gguf", "no imatrix at"), ("text.gguf", "no GGUF imatrix"), ("model", "no imatrix")],
+    [("nothing.gguf", "no imatrix at"), ("text.gguf", "GGUF imatrix"), ("model", "no imatrix")],
 )
 def test_what_is_no_imatrix_is_refused(
     cli: Cli, tiny_overrides: list[str], tiny_gguf: Path, tmp_path: Path, name: str, says: str

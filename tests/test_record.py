@@ -39,7 +39,7 @@ def data(**changes: Any) -> dict[str, Any]:
         "quant": "iq1_m",
         "mode": "standard",
         "policy": None,
-        "created_utc": "2026-01-02T03:04:05+00:00",
+        "created_utc": "2026-01-02T03:04:05.678901+00:00",
         "status": "ok",
         "reference": {"id": "ref"},
         "prompt_set": {"id": "prompts"},
@@ -383,7 +383,7 @@ def test_environment_is_plain_json_and_says_where() -> None:
 
 def test_time_and_cores_have_their_form() -> None:
     now = utc_now()
-    assert len(now) == len("2026-01-02T03:04:05+00:00")
+    assert len(now) == len("2026-01-02T03:04:05.678901+00:00")
     assert now.endswith("+00:00")
     assert physical_cores() >= 1
 
