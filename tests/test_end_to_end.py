@@ -188,3 +188,22 @@ def test_the_notebook_runs_on_a_sweep(cli: Cli, tiny_overrides: list[str], tmp_p
     )
     assert result.returncode == 0, result.stderr
     assert "ppl change (%)" in result.stdout
+
+
+def test_no_room_for_the_plan_is_said_before_work(
+    cli: Cli, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.reference.free_bytes", lambda folder: 1000)
+    code, _, err = cli("sweep", "quant=q8_0", *tiny_overrides)
+    assert code == 2
+    assert "GB free" in err and "runtime.cache_dir" in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_results_that_cannot_be_written_are_said_before_work(
+    cli: Cli, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    code, _, err = cli("sweep", "quant=q8_0", *tiny_overrides, f"results.dir={tmp_path / 'file' / 'below'}")
+    assert code == 2
+    assert "results.dir" in err and "another folder" in err and len(err.splitlines()) == 1
