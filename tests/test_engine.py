@@ -106,6 +106,27 @@ def test_activations_of_the_first_layer_equal_numpy(tiny_gguf: Path) -> None:
     assert found["blk.3.ffn_down.weight"].counts.tolist() == [128]
 
 
+def test_activations_of_experts_are_those_of_the_router(tmp_path: Path) -> None:
+    """Every token goes to n_used experts, and they see what the router sees: the experts' sums add up to it."""
+    path = write_tiny_llama(tmp_path / "moe.gguf", n_layers=2, n_experts=4, n_experts_used=2)
+    windows = engine.tokenize(path, random_text(200, seed=5))[0][:128].reshape(2, 64)
+    found = collect_activations(path, windows, n_threads=2)
+    for layer in range(2):
+        router = found[f"blk.{layer}.ffn_gate_inp.weight"]
+        for role in ("ffn_gate_exps", "ffn_up_exps"):
+            experts = found[f"blk.{layer}.{role}.weight"]
+            assert experts.sums.shape == (4, 256) and experts.counts.sum() == 2 * 128
+            np.testing.assert_allclose(experts.sums.sum(0), 2 * router.sums[0], rtol=1e-4)
+        down = found[f"blk.{layer}.ffn_down_exps.weight"]
+        assert down.sums.shape == (4, 512) and down.counts.tolist() == experts.counts.tolist()
+    target = tmp_path / "moe-iq2_xs.gguf"
+    write_imatrix(tmp_path / "imatrix.gguf", found, dataset="words", n_windows=2, window_tokens=64)
+    weights = read_imatrix(tmp_path / "imatrix.gguf")
+    final = standard_types(path, ["iq2_xs"], has_imatrix=True)["iq2_xs"].final
+    quantize(path, target, "iq2_xs", overrides=final, imatrix=weights, n_threads=2)
+    assert {t.name: t.type for t in read_header(target).tensors if t.name in final} == final
+
+
 def test_imatrix_survives_writing_and_reading(tiny_gguf: Path, tmp_path: Path) -> None:
     windows = engine.tokenize(tiny_gguf, random_text(200, seed=5))[0][:128].reshape(2, 64)
     found = collect_activations(tiny_gguf, windows, n_threads=2)

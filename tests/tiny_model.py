@@ -24,8 +24,10 @@ def write_tiny_llama(
     add_bos: bool = True,
     seed: int = 0,
     poison: str | None = None,
+    n_experts: int = 0,
+    n_experts_used: int = 2,
 ) -> Path:
-    """Write an F16 model that llama.cpp loads. `poison` names a tensor to fill with NaN."""
+    """Write an F16 model that llama.cpp loads. `poison` names a tensor to fill with NaN; n_experts > 0: a mixture."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -38,6 +40,9 @@ def write_tiny_llama(
     writer.add_head_count_kv(n_kv_heads)
     writer.add_rope_dimension_count(n_embd // n_heads)
     writer.add_layer_norm_rms_eps(1e-5)
+    if n_experts:
+        writer.add_expert_count(n_experts)
+        writer.add_expert_used_count(n_experts_used)
     tokens = vocabulary()
     writer.add_tokenizer_model("llama")
     writer.add_token_list([text for text, _, _ in tokens])
@@ -63,9 +68,12 @@ def write_tiny_llama(
         add(f"blk.{i}.attn_v.weight", n_kv_heads * head, n_embd, scale=0.06)
         add(f"blk.{i}.attn_output.weight", n_embd, n_embd, scale=0.06)
         add(f"blk.{i}.ffn_norm.weight", n_embd, scale=1.0)
-        add(f"blk.{i}.ffn_gate.weight", n_ff, n_embd, scale=0.06)
-        add(f"blk.{i}.ffn_up.weight", n_ff, n_embd, scale=0.06)
-        add(f"blk.{i}.ffn_down.weight", n_embd, n_ff, scale=0.06)
+        suffix, lead = ("_exps", (n_experts,)) if n_experts else ("", ())
+        if n_experts:
+            add(f"blk.{i}.ffn_gate_inp.weight", n_experts, n_embd, scale=0.06)
+        add(f"blk.{i}.ffn_gate{suffix}.weight", *lead, n_ff, n_embd, scale=0.06)
+        add(f"blk.{i}.ffn_up{suffix}.weight", *lead, n_ff, n_embd, scale=0.06)
+        add(f"blk.{i}.ffn_down{suffix}.weight", *lead, n_embd, n_ff, scale=0.06)
     add("output_norm.weight", n_embd, scale=1.0)
     if not tied:
         add("output.weight", len(tokens), n_embd, scale=0.06)
