@@ -35,11 +35,6 @@ class Reference:
         """Tokens in the vocabulary: rows of the embeddings."""
         return next((t.shape[1] for t in self.info.tensors if t.name == "token_embd.weight"), 0)
 
-    @property
-    def type_name(self) -> str:
-        """File type for people: 'F16'."""
-        return (self.info.file_type or "unknown type").upper()
-
     def describe(self) -> dict[str, Any]:
         """For the record."""
         return {

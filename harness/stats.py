@@ -44,11 +44,6 @@ class Interval:
         return -1 if self.high < 0 else 1 if self.low > 0 else 0
 
     @property
-    def half_width(self) -> float | None:
-        """Half of the interval's width."""
-        return None if self.low is None or self.high is None else (self.high - self.low) / 2
-
-    @property
     def resolvable(self) -> float | None:
         """Smallest true mean that this much text shows with 80 % probability at the 5 % level; None if unknown."""
         return None if self.se is None else (1.96 + _POWER_Z) * self.se
