@@ -69,14 +69,14 @@ def resolve_calibration(
         assert file is not None
         read_imatrix(file)
         return Calibration(cache.sha256(file), file.name, None, file, None, settings.max_overlap)
-    windows = load_windows(settings, "calibration", file, reference.path, reference.id, cache)
+    windows = load_windows(settings, "calibration", file, reference.path, reference.id, engine_version, cache)
     overlap = metrics.shared_ngram_share(prompts.tokens, windows.tokens)
     if overlap > settings.max_overlap and not settings.allow_overlap:
         raise UserError(
             f"{overlap:.1%} of the prompts' 13-grams occur in the calibration text ({text_label(settings)}): "
             "the imatrix would have seen the test; choose another calibration=, or say calibration.allow_overlap=true"
         )
-    key = key_of(reference.id, windows.id, COLLECTOR_VERSION, engine_version)
+    key = key_of(reference.id, windows.key, config.measure.flash_attention, COLLECTOR_VERSION, engine_version)
     return Calibration(key, windows.name, windows, None, overlap, settings.max_overlap)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness.errors import UserError, nearest
-from harness.ggml_types import FILE_TYPES
+from harness.ggml_types import FILE_TYPES, IMATRIX_MIN_ROWS
 
 
 @dataclass
@@ -105,6 +105,7 @@ class MeasureConfig:
 
     first_scored: int | None = None  # first target that counts; null: n/2 + 1, as llama-perplexity
     ubatch_tokens: int = 512
+    flash_attention: bool = True  # false for the architectures that llama.cpp cannot run with it
 
 
 @dataclass
@@ -145,11 +146,27 @@ def check(config: Config) -> None:
     if config.quant.file_type is not None and config.quant.file_type not in FILE_TYPES:
         near = nearest(config.quant.file_type, FILE_TYPES)
         raise UserError(f"quant.file_type={config.quant.file_type} is no file type of llama.cpp.{near}")
+    _check_numbers(config)
+    for name, text in (("prompts", config.prompts), ("calibration", config.calibration)):
+        if text.format not in (None, "text", "json", "parquet"):
+            raise UserError(f"{name}.format={text.format}: give text, json (also for jsonl) or parquet")
+    for group, source in (("model", config.model), ("prompts", config.prompts), ("calibration", config.calibration)):
+        if source.wheel is not None:
+            _check_wheel(group, source.wheel)
+    for name, value in (("quant", config.quant.name), ("mode", config.mode.name), ("policy", config.policy.name)):
+        if not is_folder_name(value):
+            raise UserError(f"{name}.name={value!r}: give a plain name, it becomes part of file names")
+    if config.results.name is not None and not is_folder_name(config.results.name):
+        raise UserError(f"results.name={config.results.name!r}: give a plain folder name; results.dir says where")
+
+
+def _check_numbers(config: Config) -> None:
+    calibration = config.calibration
     positive = {
         "prompts.n_windows": config.prompts.n_windows,
         "prompts.window_tokens": config.prompts.window_tokens,
-        "calibration.n_windows": config.calibration.n_windows,
-        "calibration.window_tokens": config.calibration.window_tokens,
+        "calibration.n_windows": calibration.n_windows,
+        "calibration.window_tokens": calibration.window_tokens,
         "measure.ubatch_tokens": config.measure.ubatch_tokens,
         "runtime.threads": 1 if config.runtime.threads is None else config.runtime.threads,
     }
@@ -158,16 +175,16 @@ def check(config: Config) -> None:
             raise UserError(f"{name}={value}: give a number above 0")
     if config.prompts.window_tokens < 4:
         raise UserError(f"prompts.window_tokens={config.prompts.window_tokens}: a window needs at least 4 tokens")
+    if calibration.enabled and not calibration.imatrix and calibration.window_tokens < IMATRIX_MIN_ROWS:
+        raise UserError(
+            f"calibration.window_tokens={calibration.window_tokens}: give at least {IMATRIX_MIN_ROWS}, "
+            "smaller multiplications do not count for an imatrix"
+        )
     first, n = config.measure.first_scored, config.prompts.window_tokens
     if first is not None and not 1 <= first < n:
         raise UserError(f"measure.first_scored={first}: give a target from 1 to {n - 1} (a window has {n} tokens)")
-    for name, text in (("prompts", config.prompts), ("calibration", config.calibration)):
-        if text.format not in (None, "text", "json", "parquet"):
-            raise UserError(f"{name}.format={text.format}: give text, json (also for jsonl) or parquet")
-    if not 0 <= config.calibration.max_overlap <= 1:
-        raise UserError(f"calibration.max_overlap={config.calibration.max_overlap}: give a share from 0 to 1")
-    if config.results.name is not None and not _is_folder_name(config.results.name):
-        raise UserError(f"results.name={config.results.name!r}: give a plain folder name; results.dir says where")
+    if not 0 <= calibration.max_overlap <= 1:
+        raise UserError(f"calibration.max_overlap={calibration.max_overlap}: give a share from 0 to 1")
 
 
 def model_label(model: ModelConfig) -> str:
@@ -199,5 +216,19 @@ def folder_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._") or "unnamed"
 
 
-def _is_folder_name(text: str) -> bool:
+def _check_wheel(group: str, wheel: WheelConfig) -> None:
+    """Raises UserError unless the package is "name==version" of the index: pip would build and run anything else."""
+    package = wheel.package.replace("{part}", "1")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*", package):
+        raise UserError(f"{group}.wheel.package={wheel.package!r}: give name==version of a package on the index")
+    if re.search(r"[{}]", wheel.member.replace("{part:02d}", "").replace("{part}", "")):
+        raise UserError(f"{group}.wheel.member={wheel.member!r}: only {{part}} and {{part:02d}} may stand in braces")
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", wheel.sha256):
+        raise UserError(f"{group}.wheel.sha256={wheel.sha256!r}: give the 64 hex digits of the file's sha256")
+    if not 1 <= wheel.parts <= 1000:
+        raise UserError(f"{group}.wheel.parts={wheel.parts}: give a number from 1 to 1000")
+
+
+def is_folder_name(text: str) -> bool:
+    """Whether a text can be part of a file's name and nothing else."""
     return bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", text))

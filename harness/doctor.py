@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from harness import __version__, sources
-from harness.config import Config, WheelConfig
+from harness.config import Config, WheelConfig, check
 from harness.errors import EngineError
 from harness.isolate import run_in_child
 from harness.record import environment, physical_cores
@@ -18,6 +18,7 @@ _PACKAGES = ("llama-cpp-python", "numpy", "pandas", "hydra-core", "datasets", "h
 
 def doctor_text(config: Config) -> tuple[str, bool]:
     """The report, and whether everything needed is there."""
+    check(config)
     cache = Cache(cache_dir(config))
     healthy = True
     lines = [f"harness {__version__}, Python {platform.python_version()}, {platform.platform()}", "", "packages"]

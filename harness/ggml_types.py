@@ -21,6 +21,8 @@ class GgmlType(NamedTuple):
         return 8 * self.block_bytes / self.block_weights
 
 
+IMATRIX_MIN_ROWS = 16  # llama-imatrix skips multiplications with fewer rows: they are not weights times tokens
+
 GGML_TYPES: dict[str, GgmlType] = {
     "f32": GgmlType(0, 1, 4),
     "f16": GgmlType(1, 1, 2),

@@ -4,7 +4,7 @@ Format (tools/imatrix of llama.cpp): `general.type` = "imatrix", and for each we
 NAME.in_sum2 [n_matrices, columns] (sums of squared activations) and NAME.counts [n_matrices, 1] (rows added).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +19,21 @@ COLLECTOR_VERSION = 1  # of the values; part of the key of every imatrix that th
 
 
 def make_imatrix(
-    model_path: Path, windows: np.ndarray, target: Path, *, dataset: str, n_threads: int, on_progress: object = None
+    model_path: Path,
+    windows: np.ndarray,
+    target: Path,
+    *,
+    dataset: str,
+    flash_attention: bool,
+    n_threads: int,
+    on_progress: Callable[[float], None] | None = None,
 ) -> None:
     """Run the calibration windows (int32 [n, n_ctx]) through the model and write the imatrix. Runs in a child."""
     from harness.engine.collect import collect_activations
 
-    activations = collect_activations(model_path, windows, n_threads=n_threads, on_progress=on_progress)  # type: ignore[arg-type]
+    activations = collect_activations(
+        model_path, windows, flash_attention=flash_attention, n_threads=n_threads, on_progress=on_progress
+    )
     write_imatrix(target, activations, dataset=dataset, n_windows=len(windows), window_tokens=windows.shape[1])
 
 

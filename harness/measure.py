@@ -45,6 +45,7 @@ def score(
     is_reference: bool,
     first_scored: int,
     ubatch_tokens: int,
+    flash_attention: bool,
     n_threads: int,
     on_progress: Callable[[float], None] | None = None,
 ) -> Scores:
@@ -61,10 +62,12 @@ def score(
     wanted = np.zeros(n, bool)
     wanted[first_scored - 1 : n - 1] = True
     begin = time.perf_counter()
-    with engine.open_model(model_path) as model:
+    with engine.open_model(model_path, check_weights=is_reference) as model:
         load_s = time.perf_counter() - begin
         vocab_size = engine.n_vocab(model)
-        with engine.open_context(model, n_ctx=n, ubatch_tokens=ubatch_tokens, n_threads=n_threads) as context:
+        with engine.open_context(
+            model, n_ctx=n, ubatch_tokens=ubatch_tokens, flash_attention=flash_attention, n_threads=n_threads
+        ) as context:
             engine.warm_up(context)
             for i, window in enumerate(windows):
                 path, probabilities = window_path(window_folder, i), probability_path(probability_folder, i)

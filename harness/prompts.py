@@ -31,15 +31,31 @@ class Windows:
         """sha256 of the token ids as little-endian int32, window after window: the same id means the same test."""
         return hashlib.sha256(self.tokens.astype("<i4").tobytes()).hexdigest()
 
+    @property
+    def key(self) -> str:
+        """For keys: the id and the shape, since the same tokens can be cut into other windows."""
+        return key_of(self.id, list(self.tokens.shape))
 
-def load_windows(text: TextConfig, group: str, file: Path | None, model: Path, model_id: str, cache: Cache) -> Windows:
+
+def load_windows(
+    text: TextConfig,
+    group: str,
+    file: Path | None,
+    model: Path,
+    model_id: str,
+    engine_version: str,
+    cache: Cache,
+) -> Windows:
     """Tokenize the text with the model's vocabulary and cut its first windows. Cached by content.
 
     Raises UserError when the text is empty, unreadable, or too short for the windows asked for.
     """
     text_sha256 = cache.sha256(file) if file else key_of("hub", asdict(text.hub))
     kind = _format_of(text, file) if file else "hub"
-    key = key_of(CUT_VERSION, text_sha256, kind, text.column, text.join, model_id, text.n_windows, text.window_tokens)
+    key = key_of(
+        *(CUT_VERSION, engine_version, text_sha256, kind, text.column, text.join),
+        *(model_id, text.n_windows, text.window_tokens),
+    )
 
     def make(target: Path) -> dict[str, Any]:
         log = cache.path("logs", f"tokenize-{group}", ".log")

@@ -28,9 +28,12 @@ REQUIRED = ("key", "status", "quant", "mode", "policy", "created_utc")
 COMPARABLE = (
     "reference.id",
     "prompt_set.id",
+    "prompt_set.n_windows",
+    "prompt_set.window_tokens",
     "calibration.id",
     "settings.first_scored",
     "settings.ubatch_tokens",
+    "settings.flash_attention",
     "settings.threads",
     "versions.metrics",
     "versions.llama_cpp_python",

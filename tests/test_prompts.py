@@ -37,7 +37,7 @@ def cut(tiny_gguf: Path, cache: Cache) -> Cut:
 
     def run(file: Path, **settings: object) -> Windows:
         text = TextConfig(**{"path": str(file), "n_windows": 2, "window_tokens": 64, **settings})  # type: ignore[arg-type]
-        return load_windows(text, "prompts", file, tiny_gguf, "model-id", cache)
+        return load_windows(text, "prompts", file, tiny_gguf, "model-id", "0.3.36", cache)
 
     return run
 
@@ -230,7 +230,7 @@ def test_windows_of_a_file_are_those_cut_by_hand(cut: Cut, texts: tuple[Path, Pa
 def test_model_without_bos_keeps_the_first_token(cache: Cache, texts: tuple[Path, Path], tmp_path: Path) -> None:
     model = write_tiny_llama(tmp_path / "no-bos.gguf", n_layers=1, add_bos=False)
     text = TextConfig(path=str(texts[0]), n_windows=2, window_tokens=32)
-    windows = load_windows(text, "prompts", texts[0], model, "no-bos", cache)
+    windows = load_windows(text, "prompts", texts[0], model, "no-bos", "0.3.36", cache)
     assert windows.bos is None
     assert (windows.tokens[:, 0] != 1).all()
     np.testing.assert_array_equal(windows.tokens.ravel(), tokenize(model, texts[0].read_text())[0][:64])

@@ -42,9 +42,9 @@ def data(**changes: Any) -> dict[str, Any]:
         "created_utc": "2026-01-02T03:04:05.678901+00:00",
         "status": "ok",
         "reference": {"id": "ref"},
-        "prompt_set": {"id": "prompts"},
+        "prompt_set": {"id": "prompts", "n_windows": 2, "window_tokens": 8},
         "calibration": {"id": "calibration"},
-        "settings": {"first_scored": 65, "ubatch_tokens": 512, "threads": 2},
+        "settings": {"first_scored": 65, "ubatch_tokens": 512, "flash_attention": True, "threads": 2},
         "versions": {"metrics": 1, "llama_cpp_python": "0.3.36"},
         **changes,
     }
@@ -324,9 +324,12 @@ def test_everything_that_moves_a_number_is_compared() -> None:
     assert set(COMPARABLE) == {
         "reference.id",
         "prompt_set.id",
+        "prompt_set.n_windows",
+        "prompt_set.window_tokens",
         "calibration.id",
         "settings.first_scored",
         "settings.ubatch_tokens",
+        "settings.flash_attention",
         "settings.threads",
         "versions.metrics",
         "versions.llama_cpp_python",
@@ -334,7 +337,7 @@ def test_everything_that_moves_a_number_is_compared() -> None:
 
 
 def test_the_first_of_several_differences_is_named() -> None:
-    other = changed("settings.threads", 8) | {"prompt_set": {"id": "other"}}
+    other = changed("settings.threads", 8) | {"prompt_set": {"id": "other", "n_windows": 2, "window_tokens": 8}}
     assert first_difference([data(), other]) == ("prompt_set.id", "prompts", "other")
 
 

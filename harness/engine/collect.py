@@ -15,8 +15,7 @@ import numpy as np
 from harness.engine import model as engine
 from harness.engine.native import Tensor, ggml
 from harness.errors import EngineError
-
-_MIN_ROWS = 16  # llama-imatrix skips smaller multiplications: they are not weights times tokens
+from harness.ggml_types import IMATRIX_MIN_ROWS
 
 
 @dataclass
@@ -29,7 +28,12 @@ class Activations:
 
 
 def collect_activations(
-    path: Path, windows: np.ndarray, *, n_threads: int, on_progress: Callable[[float], None] | None = None
+    path: Path,
+    windows: np.ndarray,
+    *,
+    flash_attention: bool,
+    n_threads: int,
+    on_progress: Callable[[float], None] | None = None,
 ) -> dict[str, Activations]:
     """Run calibration windows (int32 [n, n_ctx]) through the model and add up squared activations by tensor name.
 
@@ -50,7 +54,7 @@ def collect_activations(
         name = _weight_name(weights.name)
         if not name.startswith("blk."):  # llama-imatrix leaves the output projection out too
             return False
-        if inputs.type != 0 or (op == "MUL_MAT" and inputs.ne[1] < _MIN_ROWS):
+        if inputs.type != 0 or (op == "MUL_MAT" and inputs.ne[1] < IMATRIX_MIN_ROWS):
             return False
         if not ask and not failure:
             try:
@@ -63,7 +67,12 @@ def collect_activations(
     with (
         engine.open_model(path) as model,
         engine.open_context(
-            model, n_ctx=n_ctx, ubatch_tokens=n_ctx, n_threads=n_threads, eval_callback=on_tensor
+            model,
+            n_ctx=n_ctx,
+            ubatch_tokens=n_ctx,
+            flash_attention=flash_attention,
+            n_threads=n_threads,
+            eval_callback=on_tensor,
         ) as context,
     ):
         # Asking for every position keeps llama.cpp from dropping rows before the last layer's feed-forward.

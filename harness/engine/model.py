@@ -16,10 +16,11 @@ EvalCallback = Callable[[int, bool, Any], bool]
 
 
 @contextmanager
-def open_model(path: Path, *, vocab_only: bool = False) -> Iterator[Any]:
-    """A loaded llama_model, memory-mapped. Raises EngineError when llama.cpp cannot load it."""
+def open_model(path: Path, *, vocab_only: bool = False, check_weights: bool = False) -> Iterator[Any]:
+    """A loaded llama_model, memory-mapped. Raises EngineError when llama.cpp cannot load it, or finds NaN or Inf in it
+    when asked to check the weights."""
     params = llama_cpp.llama_model_default_params()
-    params.vocab_only = vocab_only
+    params.vocab_only, params.check_tensors = vocab_only, check_weights
     params.n_gpu_layers = 0  # the harness measures the CPU
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
@@ -32,13 +33,23 @@ def open_model(path: Path, *, vocab_only: bool = False) -> Iterator[Any]:
 
 @contextmanager
 def open_context(
-    model: Any, *, n_ctx: int, ubatch_tokens: int, n_threads: int, eval_callback: EvalCallback | None = None
+    model: Any,
+    *,
+    n_ctx: int,
+    ubatch_tokens: int,
+    flash_attention: bool,
+    n_threads: int,
+    eval_callback: EvalCallback | None = None,
 ) -> Iterator[Any]:
     """A llama_context that decodes `ubatch_tokens` at a time. Raises EngineError when it does not fit."""
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = n_ctx
     params.n_batch = params.n_ubatch = ubatch_tokens
     params.n_threads = params.n_threads_batch = n_threads
+    # Said, not left to llama.cpp: the two kinds of attention round differently.
+    params.flash_attn_type = (
+        llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    )
     params.no_perf = True
     if eval_callback:
         params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(eval_callback)
