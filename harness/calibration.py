@@ -10,7 +10,7 @@ import numpy as np
 from harness import metrics, sources
 from harness.config import CalibrationConfig, Config, text_label
 from harness.errors import UserError
-from harness.imatrix import COLLECTOR_VERSION, read_imatrix
+from harness.imatrix import COLLECTOR_VERSION, load_imatrix
 from harness.plan import Plan
 from harness.prompts import Windows, load_windows
 from harness.reference import Reference
@@ -67,11 +67,11 @@ def resolve_calibration(
         return None
     if settings.imatrix:
         assert file is not None
-        read_imatrix(file)
+        load_imatrix(file, cache.path("logs", "imatrix-check", ".log"))
         return Calibration(cache.sha256(file), file.name, None, file, None, settings.max_overlap)
     windows = load_windows(settings, "calibration", file, reference.path, reference.id, engine_version, cache)
     overlap = metrics.shared_ngram_share(prompts.tokens, windows.tokens)
-    if overlap > settings.max_overlap and not settings.allow_overlap:
+    if overlap is not None and overlap > settings.max_overlap and not settings.allow_overlap:
         raise UserError(
             f"{overlap:.1%} of the prompts' 13-grams occur in the calibration text ({text_label(settings)}): "
             "the imatrix would have seen the test; choose another calibration=, or say calibration.allow_overlap=true"

@@ -1,17 +1,21 @@
 """Warnings as data: what a reader of a table must know. Pure: plans and measured values in, findings out."""
 
-from collections.abc import Sequence, Sized
+from collections.abc import Collection, Sequence, Sized
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from harness.compare import Measured, difference, dominators
 from harness.ggml_types import GGML_TYPES
+from harness.passes import SpeedPass
 from harness.plan import Plan
 
 NEARLY_NOTHING_NATS = 1e-5
+BUSY_SHARE = 0.05
+WIDE_SPREAD = 0.05
 MANY_FELL_BACK = 0.10  # share of the weights above which a file's name misleads
 
 
@@ -94,7 +98,17 @@ def reference_findings(reference: dict[str, Any]) -> list[Finding]:
 
 def overlap_findings(share: float | None, limit: float) -> list[Finding]:
     """What calibration and evaluation text share, in 13-grams of tokens; None when it is not known."""
-    if share is None or share <= limit:
+    if share is None:
+        return [
+            Finding(
+                "overlap_unknown",
+                "whether the calibration text holds the prompts is not known: the imatrix was given ready-made, or the "
+                "windows are too short to tell",
+                "an imatrix that has seen the test makes the quantized variants look better than they are",
+                "let the harness make the imatrix from a text with calibration.path",
+            )
+        ]
+    if share <= limit:
         return []
     return [
         Finding(
@@ -102,6 +116,23 @@ def overlap_findings(share: float | None, limit: float) -> list[Finding]:
             f"{share:.1%} of the prompts' 13-grams occur in the calibration text",
             "the imatrix has seen the test, so the quantized variants look better than they are",
             "choose another calibration text",
+        )
+    ]
+
+
+def coverage_findings(plan: Plan, covered: Collection[str]) -> list[Finding]:
+    """Tensors that are quantized without imatrix data. covered: names of the tensors that have some. Embeddings and
+    output are left out: no imatrix has data for them."""
+    inside = [t for t in plan.quantizable if t.layer is not None]
+    bare = [t for t in inside if t.name not in covered]
+    if not bare:
+        return []
+    return [
+        Finding(
+            "imatrix_gaps",
+            f"the imatrix has no data for {len(bare)} of {len(inside)} tensors of the layers ({bare[0].name} ...)",
+            "these are quantized as if there were no imatrix",
+            "make the imatrix from this model, with more calibration text for a mixture of experts",
         )
     ]
 
@@ -163,7 +194,17 @@ def pair_findings(other: Measured, standard: Measured, p_holm: float | None) -> 
     """What a row of the comparison tells. p_holm: adjusted for the number of rows."""
     if np.array_equal(other.nll, standard.nll) or (p_holm is not None and p_holm <= 0.05):
         return []
-    need = difference(other, standard).ln_ppl.windows_to_resolve(other.nll.shape[0])
+    paired = difference(other, standard).ln_ppl
+    if paired.sign is None:
+        return [
+            Finding(
+                "too_little_text",
+                f"whether it differs from {standard.name} cannot be told: {paired.reason}",
+                "without an interval a difference means nothing",
+                "measure more windows with prompts.n_windows",
+            )
+        ]
+    need = paired.windows_to_resolve(other.nll.shape[0])
     return [
         Finding(
             "within_noise",
@@ -216,6 +257,63 @@ def environment_findings(environments: Sequence[dict[str, Any]]) -> list[Finding
             )
         )
     return findings
+
+
+def speed_findings(passes: Sequence[SpeedPass], speed: pd.DataFrame) -> list[Finding]:
+    """What makes timings doubtful. speed: the frame of the cases that were timed."""
+    findings = []
+    busy = [one for one in passes if one.other_cpu_share > BUSY_SHARE]
+    if busy:
+        findings.append(
+            Finding(
+                "busy_machine",
+                f"other programs took {max(one.other_cpu_share for one in busy):.0%} of the machine during the timing",
+                "tokens/s of that pass are too low, and not equally so for every file",
+                "delete the folder `speed`, let the machine rest and run the sweep again: only the timing is repeated",
+            )
+        )
+    wide = [
+        f"{row['name']} ({max(row['prompt_spread'], row['generate_spread']):.0%})"
+        for row in speed.to_dict("records")
+        if max(row["prompt_spread"], row["generate_spread"]) > WIDE_SPREAD
+    ]
+    if wide:
+        findings.append(
+            Finding(
+                "wide_spread",
+                f"rounds of the timing pass differ by more than {WIDE_SPREAD:.0%}: {', '.join(wide)}",
+                "a difference in speed of that size means nothing",
+                "time again on a machine at rest, with more measure.speed_rounds",
+            )
+        )
+    skipped = sorted({reason for one in passes for reason in one.skipped.values()})
+    if skipped:
+        findings.append(
+            Finding(
+                "not_timed",
+                f"{len(skipped)} files were not timed: {skipped[0]}",
+                "a model that does not fit in memory is timed by the disk",
+                "time it on a larger machine",
+            )
+        )
+    if len({one.environment.get("machine") for one in passes if one.cases}) > 1:
+        findings.append(
+            Finding(
+                "timing_machines_differ",
+                "the timing passes come from several machines",
+                "their tokens/s do not belong in one column",
+                "compare within one pass only: the column speed_pass of runs.csv tells",
+            )
+        )
+    return findings
+
+
+def unreadable_findings(problems: Sequence[str]) -> list[Finding]:
+    """Records that count as absent."""
+    return [
+        Finding("unreadable_record", problem, "this case is missing from the tables", "run its sweep again")
+        for problem in problems
+    ]
 
 
 def lowered_summary(plan: Plan) -> str:

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(HELP, end="")
         return 0
     verb, *rest = arguments
-    from harness.errors import UserError, nearest
+    from harness.errors import EngineError, UserError, nearest
 
     verbs = {"sweep": _sweep, "plan": _plan, "compare": _compare, "doctor": _doctor}
     signal.signal(signal.SIGTERM, _stop)
@@ -73,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except EngineError as error:  # of what a whole sweep stands on; a failed case is recorded and the sweep goes on
+        print(f"error: {error.with_log}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -101,11 +101,16 @@ class PolicyConfig:
 
 @dataclass
 class MeasureConfig:
-    """What is scored in each window."""
+    """What is scored in each window, and the passes that follow."""
 
     first_scored: int | None = None  # first target that counts; null: n/2 + 1, as llama-perplexity
     ubatch_tokens: int = 512
     flash_attention: bool = True  # false for the architectures that llama.cpp cannot run with it
+    speed: bool = True  # time every variant in a pass of its own
+    speed_rounds: int = 3  # rounds of that pass; in each every variant has its turn
+    generate_tokens: int = 64  # tokens generated in each turn
+    layers: bool = False  # compare every layer's output with the reference's
+    layer_windows: int = 1  # on that many windows
 
 
 @dataclass
@@ -168,6 +173,8 @@ def _check_numbers(config: Config) -> None:
         "calibration.n_windows": calibration.n_windows,
         "calibration.window_tokens": calibration.window_tokens,
         "measure.ubatch_tokens": config.measure.ubatch_tokens,
+        "measure.generate_tokens": config.measure.generate_tokens,
+        "measure.layer_windows": config.measure.layer_windows,
         "runtime.threads": 1 if config.runtime.threads is None else config.runtime.threads,
     }
     for name, value in positive.items():
@@ -183,6 +190,12 @@ def _check_numbers(config: Config) -> None:
     first, n = config.measure.first_scored, config.prompts.window_tokens
     if first is not None and not 1 <= first < n:
         raise UserError(f"measure.first_scored={first}: give a target from 1 to {n - 1} (a window has {n} tokens)")
+    if not 3 <= config.measure.speed_rounds <= 31:
+        raise UserError(f"measure.speed_rounds={config.measure.speed_rounds}: give 3 to 31, fewer tell no spread")
+    if config.measure.layer_windows > config.prompts.n_windows:
+        raise UserError(
+            f"measure.layer_windows={config.measure.layer_windows}: there are {config.prompts.n_windows} windows"
+        )
     if not 0 <= calibration.max_overlap <= 1:
         raise UserError(f"calibration.max_overlap={calibration.max_overlap}: give a share from 0 to 1")
 

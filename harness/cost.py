@@ -30,6 +30,7 @@ _OTHER_RATE = 20.0
 _SCORE_S_PER_TOKEN = 0.9e-3  # fixed part: attention, vocabulary, scheduling
 _SCORE_S_PER_TOKEN_AND_WEIGHT = 5.8e-12
 _IMATRIX_OVERHEAD = 1.1
+_READ_BYTES_PER_S = 5e9
 _CHILD_S = 1.0  # start a process, import llama.cpp, load the model
 
 
@@ -42,6 +43,11 @@ def quantize_s(tensors: Iterable[TensorPlan], n_threads: int) -> float:
 def score_s(n_weights: int, n_tokens: int, n_threads: int) -> float:
     """Seconds to run tokens through a model of that many weights."""
     return _CHILD_S + n_tokens * (_SCORE_S_PER_TOKEN + _SCORE_S_PER_TOKEN_AND_WEIGHT * n_weights) * 2 / n_threads
+
+
+def generate_s(file_bytes: int, n_tokens: int) -> float:
+    """Seconds to generate tokens one by one: every weight is read once for each."""
+    return n_tokens * file_bytes / _READ_BYTES_PER_S
 
 
 def imatrix_s(n_weights: int, n_tokens: int, n_threads: int) -> float:

@@ -15,6 +15,12 @@ class EngineError(Exception):
         super().__init__(message)
         self.log_tail = log_tail or []
 
+    @property
+    def with_log(self) -> str:
+        """The message, and the last line of the log that tells more."""
+        said = [line.strip() for line in self.log_tail if any(word in line.lower() for word in ("error", "assert"))]
+        return f"{self} ({said[-1]})" if said else str(self)
+
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
     """' Did you mean a, b?' for a misspelt word, or the known words when nothing is near; '' when none are known."""

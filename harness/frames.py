@@ -1,7 +1,8 @@
 """Records -> data frames: one row a case, one row a comparison. Every number that a table shows is made here."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import pandas as pd
 
 from harness import metrics
 from harness.compare import Measured, Verdict, difference, dominators, equal_size_verdict, pareto_front
+from harness.pass_frames import speed_columns
+from harness.passes import Timing
 from harness.record import Record, field
 from harness.stats import Interval, holm, mean_interval
 
@@ -25,7 +28,7 @@ def measured_cases(records: Iterable[Record]) -> list[Measured]:
     return cases
 
 
-def runs_frame(records: Sequence[Record]) -> pd.DataFrame:
+def runs_frame(records: Sequence[Record], timings: Mapping[str, Timing] = MappingProxyType({})) -> pd.DataFrame:
     """One row a case, the columns that results/README.md documents; absent numbers are empty, never 0."""
     records = in_order(records)
     reference = next((r for r in records if r.ok and r.data["mode"] == "reference"), None)
@@ -41,6 +44,7 @@ def runs_frame(records: Sequence[Record]) -> pd.DataFrame:
         row["vs_placebo"] = _versus_placebo(case, variants)
         row["dominated_by"] = dominated.get(record.name)
         row["on_front"] = case.name in front if case else None
+        row |= speed_columns(timings.get(record.data["key"]))
         rows.append(row | {"key": record.data["key"], "status": record.data["status"]})
     return pd.DataFrame(rows)
 
@@ -55,7 +59,9 @@ def comparison_frame(runs: pd.DataFrame, records: Sequence[Record]) -> pd.DataFr
         standard = next((row for _, row in of_quant[of_quant["mode"] == "standard"].iterrows()), None)
         others = [row for _, row in of_quant[of_quant["mode"] != "standard"].iterrows()] or [None]
         rows += [_pair_row(quant, standard, other, cases) for other in others]
-    for row, p_holm in zip(rows, holm([row["p"] for row in rows]), strict=True):
+    # What an attribution leaves out has a table of its own; it must not make the others harder to tell apart.
+    family = [None if "_without_" in (row["policy"] or "") else row["p"] for row in rows]
+    for row, p_holm in zip(rows, holm(family), strict=True):
         row["p_holm"] = p_holm
     return pd.DataFrame(rows, columns=[*_pair_row("", None, None, {}), "p_holm"])
 
@@ -108,7 +114,8 @@ def _run_row(record: Record, reference: dict[str, np.ndarray] | None) -> dict[st
     row |= _quality_columns(record.per_token() if record.ok else None, reference)
     pass_s, prompt_set = field(data, "timings.pass_s"), data["prompt_set"]
     row["pass_s"] = pass_s
-    row["tokens_per_s"] = prompt_set["n_windows"] * prompt_set["window_tokens"] / pass_s if pass_s else None
+    row["n_tokens"] = prompt_set["n_windows"] * prompt_set["window_tokens"]
+    row["tokens_per_s"] = row["n_tokens"] / pass_s if pass_s else None
     row["load_s"] = field(data, "timings.load_s")
     row["quantize_s"] = field(data, "timings.quantize_s")
     row["peak_rss_bytes"] = data.get("peak_rss_bytes")
@@ -192,7 +199,7 @@ def _pair_row(quant: str, standard: Any, other: Any, cases: dict[str, Measured])
         row[f"{prefix}_ppl"], row[f"{prefix}_ppl_se"] = get(side, "ppl"), get(side, "ppl_se")
         row[f"{prefix}_kld"], row[f"{prefix}_same_top"] = get(side, "kld_mean"), get(side, "same_top")
         row[f"{prefix}_bytes"], row[f"{prefix}_bpw"] = get(side, "file_bytes"), get(side, "bpw")
-        row[f"{prefix}_pass_s"] = get(side, "pass_s")
+        row[f"{prefix}_speed_s"] = _speed_s(side)
     deltas = ("delta_ppl_pct", "delta_ppl_pct_low", "delta_ppl_pct_high", "p", "delta_kld", "delta_kld_low")
     row |= dict.fromkeys((*deltas, "delta_kld_high", "delta_bytes", "resolvable_pct", "windows_to_resolve"))
     if standard is not None and other is not None:
@@ -205,6 +212,14 @@ def _pair_row(quant: str, standard: Any, other: Any, cases: dict[str, Measured])
         row |= _interval_columns("delta_kld", paired.kld)
         row["delta_bytes"] = other["file_bytes"] - standard["file_bytes"]
     return row
+
+
+def _speed_s(row: Any) -> float | None:
+    """Seconds to run the prompt set: at the median speed of the timing pass, or as the scoring itself took."""
+    if row is None:
+        return None
+    timed = row["prompt_tokens_per_s"]
+    return row["pass_s"] if timed is None or math.isnan(timed) else row["n_tokens"] / timed
 
 
 def percent_change(ln_ratio: float | None) -> float | None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from harness.errors import UserError
+from harness.errors import EngineError, UserError
+from harness.isolate import run_in_child
 
 if TYPE_CHECKING:
     from harness.engine.collect import Activations
@@ -58,22 +59,29 @@ def write_imatrix(
     writer.close()
 
 
+def load_imatrix(path: Path, log_path: Path) -> dict[str, np.ndarray]:
+    """`read_imatrix` in a child: the file may be anybody's."""
+    try:
+        weights: dict[str, np.ndarray] = run_in_child(read_imatrix, path, log_path=log_path)
+    except EngineError as error:
+        raise UserError(f"{path} cannot be read as a GGUF imatrix ({error}): make it again") from error
+    return weights
+
+
 def read_imatrix(path: Path) -> dict[str, np.ndarray]:
     """Mean squared activations by weight tensor: float32 [n_matrices * columns], as llama_model_quantize takes them.
 
     An expert that no calibration token reached gets 1.0 everywhere, as in llama-quantize. Raises UserError when the
     file is no GGUF imatrix or holds values that are not finite.
     """
-    import gguf
+    from harness.engine.gguf_file import read_float_tensors
 
     if not path.is_file():
         raise UserError(f"no imatrix at {path}: check calibration.imatrix")
     try:
-        tensors = {t.name: np.array(t.data, np.float32) for t in gguf.GGUFReader(path).tensors}
-    except Exception as error:  # the reader meets a damaged file in many ways
-        raise UserError(
-            f"{path} cannot be read as a GGUF imatrix ({error}): give one that llama-imatrix wrote"
-        ) from error
+        tensors = read_float_tensors(path)
+    except UserError as error:
+        raise UserError(f"{error} (it should be a GGUF imatrix, as llama-imatrix writes)") from error
     names = [name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")]
     if not names:
         raise UserError(f"{path} holds no imatrix (no tensor ends with .in_sum2): give one that llama-imatrix wrote")

@@ -1,6 +1,8 @@
 """Scores windows through the engine: per-token nll and KLD, timings. Runs in a child process."""
 
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ import numpy as np
 
 from harness import metrics
 from harness.errors import EngineError
-from harness.store import write_atomic, write_npz
+from harness.store import Cache, write_atomic, write_npz
 
 _BROKEN_NLL = 700.0  # exp of it is close to the largest float64
 
@@ -41,6 +43,7 @@ def score(
     windows: np.ndarray,
     window_folder: Path,
     probability_folder: Path,
+    cache: Cache,
     *,
     is_reference: bool,
     first_scored: int,
@@ -52,8 +55,8 @@ def score(
     """Per-token values of the targets first_scored .. n-1 of each window.
 
     windows: int32 [n_windows, n]. Each finished window is stored in `window_folder`, and a window that is already
-    there is not measured again. The reference writes its probabilities to `probability_folder`, a file a window; the
-    variants read them there. Raises EngineError on logits that are not finite.
+    there is not measured again. The reference writes its probabilities to `probability_folder` (in `cache`), a file a
+    window; the variants read them there. Raises EngineError on a model that gives no sensible probabilities.
     """
     from harness.engine import model as engine
 
@@ -62,6 +65,7 @@ def score(
     wanted = np.zeros(n, bool)
     wanted[first_scored - 1 : n - 1] = True
     begin = time.perf_counter()
+    measured: list[dict[str, np.ndarray]] = []
     with engine.open_model(model_path, check_weights=is_reference) as model:
         load_s = time.perf_counter() - begin
         vocab_size = engine.n_vocab(model)
@@ -71,25 +75,23 @@ def score(
             engine.warm_up(context)
             for i, window in enumerate(windows):
                 path, probabilities = window_path(window_folder, i), probability_path(probability_folder, i)
-                if not path.exists() or (is_reference and not probabilities.exists()):
+                values = _read_window(path, n - first_scored)
+                if values is None or (is_reference and not cache.holds(probabilities)):
                     batches = engine.decode_window(context, window, wanted, vocab_size, ubatch_tokens)
                     if is_reference:
                         values = _score_reference(batches, window, probabilities)
-                    elif not probabilities.exists():
+                        cache.seal(probabilities)
+                    elif not cache.holds(probabilities):
                         raise EngineError("the reference was not scored, so there is nothing to compare with")
                     else:
                         with probabilities.open("rb") as file:
                             values = _score_window(batches, window, RowReader(file, vocab_size))
                     write_npz(path, **values)
+                measured.append(values)
                 if on_progress:
                     on_progress((i + 1) / n_windows)
-    stored: dict[str, list[np.ndarray]] = {}
-    for i in range(n_windows):
-        with np.load(window_path(window_folder, i), allow_pickle=False) as arrays:
-            for name in arrays.files:
-                stored.setdefault(name, []).append(arrays[name])
-    values = {name: np.stack(arrays) for name, arrays in stored.items()}
-    return Scores(kld=values.pop("kld", None), **values, load_s=load_s, peak_rss_bytes=peak_rss_bytes())
+    stacked = {name: np.stack([values[name] for values in measured]) for name in measured[0]}
+    return Scores(kld=stacked.pop("kld", None), **stacked, load_s=load_s, peak_rss_bytes=peak_rss_bytes())
 
 
 class RowReader:
@@ -111,6 +113,18 @@ class RowReader:
         if self._file.readinto(rows.view(np.uint8)) != rows.nbytes:  # type: ignore[attr-defined]
             raise EngineError("the reference's probabilities end too early: delete the cache's folder `probabilities`")
         return rows["p"], rows["p_log_p"]
+
+
+def _read_window(path: Path, n_scored: int) -> dict[str, np.ndarray] | None:
+    """Stored values of one window; None when there are none, or no whole ones."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            values = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    return (
+        values if {"nll", "top", "decode_s", "pass_s"} <= set(values) and values["nll"].shape == (n_scored,) else None
+    )
 
 
 def window_path(folder: Path, i: int) -> Path:
@@ -195,6 +209,8 @@ def _score_window(
     bad = int(np.count_nonzero(~np.isfinite(nll)))
     if bad:
         raise EngineError(f"{bad} of {nll.size} tokens got a probability that is not finite: the variant is broken")
+    if nll.size > 1 and np.ptp(nll) == 0:
+        raise EngineError(f"every token has the same nll ({nll[0]:.4g} nats): the variant is broken")
     if nll.mean() > _BROKEN_NLL:
         raise EngineError(f"the mean nll is {nll.mean():.0f} nats, no perplexity is that large: the variant is broken")
     values = {"nll": nll, "top": np.concatenate([piece.top for piece in pieces])}

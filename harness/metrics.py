@@ -133,11 +133,11 @@ def ln_ppl_ratio(nll: np.ndarray, nll_reference: np.ndarray) -> Estimate:
     return Estimate(float(difference.mean()), se)
 
 
-def shared_ngram_share(evaluation: np.ndarray, calibration: np.ndarray, n: int = 13) -> float:
+def shared_ngram_share(evaluation: np.ndarray, calibration: np.ndarray, n: int = 13) -> float | None:
     """Share of the evaluation windows' n-grams of tokens that also occur in the calibration windows.
 
     Both int32 [windows, tokens]; n-grams do not cross windows. 13 tokens as in the overlap analysis of GPT-3
-    (Brown et al. 2020, appendix C). 0.0 when a window is shorter than n.
+    (Brown et al. 2020, appendix C). None when windows are shorter than n: it cannot be told.
     """
 
     def grams(windows: np.ndarray) -> np.ndarray:
@@ -148,5 +148,5 @@ def shared_ngram_share(evaluation: np.ndarray, calibration: np.ndarray, n: int =
 
     evaluated, known = grams(evaluation), np.unique(grams(calibration))
     if not len(evaluated) or not len(known):
-        return 0.0
+        return None
     return float(np.isin(evaluated, known).mean())

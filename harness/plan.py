@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from harness.errors import UserError
-from harness.ggml_types import GGML_TYPES, fit_type, requires_imatrix, tensor_bytes
+from harness.ggml_types import GGML_TYPES, GGUF_ALIGNMENT, fit_type, requires_imatrix, tensor_bytes
 from harness.header import TensorInfo
 from harness.policy import Rule, Subject, matching_rule
 from harness.store import key_of
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
-_ALIGNMENT = 32  # llama_model_quantize pads every tensor to GGUF's default alignment
 STANDARD_RULE = "standard"  # the "rule" of a tensor that no policy rule names
 
 
@@ -233,7 +232,7 @@ def reference_plan(tensors: Sequence[TensorInfo], file_bytes: int) -> Plan:
 
 def padded(n_bytes: int) -> int:
     """Room that a tensor of that size takes in the file."""
-    return -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
+    return -(-n_bytes // GGUF_ALIGNMENT) * GGUF_ALIGNMENT
 
 
 def role_and_layer(name: str) -> tuple[str, int | None]:

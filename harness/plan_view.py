@@ -85,11 +85,14 @@ def sweep_summary(sweep: Sweep) -> str:
         else:
             state = f"same as {twin.name}" if twin else f"about {cost.minutes(sum(sweep.steps(case).values()))}"
         lines.append(f"  {case.name:<24} {plan.file_bytes / (1 << 20):9.1f} MiB  {plan.bpw:6.3f} bpw  {state}")
-    if sweep.open_cases:
-        n = sum(not sweep.twin(case) for case in sweep.open_cases)
-        lines.append(f"{n} case{'' if n == 1 else 's'} to measure, about {cost.minutes(sweep.estimate_s)}")
-    else:
+    if sweep.finished:
         lines.append("everything is there: no case is left to measure")
+    else:
+        n = sum(not sweep.twin(case) for case in sweep.open_cases)
+        parts = [f"{n} case{'' if n == 1 else 's'} to measure"]
+        parts += [f"{len(sweep.layer_cases)} to compare layer by layer"] if sweep.layer_cases else []
+        parts += [f"{len(sweep.speed_cases)} to time"] if sweep.speed_cases else []
+        lines.append(f"{', '.join(parts)}, about {cost.minutes(sweep.estimate_s)}")
     return "\n".join(lines)
 
 

@@ -73,6 +73,37 @@ def plot_tradeoff(runs: pd.DataFrame, title: str, path: Path) -> None:
     figure.savefig(path, format="png")
 
 
+def plot_layers(layers: pd.DataFrame, title: str, path: Path) -> None:
+    """Relative error of the hidden state after each layer, with its interval; one panel a quant, one line a mode."""
+    from matplotlib.figure import Figure
+
+    quants = list(dict.fromkeys(layers.quant))
+    n_columns = min(3, len(quants))
+    n_rows = -(-len(quants) // n_columns)
+    figure = Figure(figsize=(max(6, 4 * n_columns), 3.6 * n_rows), dpi=120, layout="constrained")
+    panels = figure.subplots(n_rows, n_columns, sharey=True, squeeze=False).ravel()
+    for axes, quant in zip(panels, quants, strict=False):
+        of_quant = layers[layers.quant == quant]
+        others = iter(_OTHER_STYLES * len(of_quant))
+        for name in dict.fromkeys(of_quant["name"]):
+            rows = of_quant[of_quant["name"] == name]
+            mode = str(rows["mode"].iloc[0])
+            plain = name == f"{quant}-{mode}"  # a policy under another name gets a colour of its own
+            colour, marker, label = _STYLES[mode] if plain and mode in _STYLES else (*next(others), name)
+            x = rows.layer.astype(int)
+            axes.plot(x, rows.error, marker=marker, markersize=3, color=colour, label=label)
+            axes.fill_between(x, rows.error_low.astype(float), rows.error_high.astype(float), color=colour, alpha=0.2)
+        axes.set_title(str(quant).upper(), fontsize=10)
+        axes.set_xlabel("layer")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    for axes in panels[len(quants) :]:
+        axes.set_visible(False)
+    figure.supylabel("relative error, |variant - reference| / |reference|", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, format="png")
+
+
 def _plain_log_ticks(axes: object) -> None:
     """10, 20, 50 instead of powers of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import yaml
@@ -19,7 +20,8 @@ from harness.ggml_types import FILE_TYPES, GGML_TYPES
 
 _KEYS = ("name", "type", "file_types", "roles", "depth", "min_gqa", "min_experts", "max_experts")
 _WEIGHT_TYPES = tuple(name for name in GGML_TYPES if name not in ("i8", "i16", "i32", "i64", "f64"))
-_DEPTH = re.compile(r"(\d+)(?:/(\d+))?\.\.(\d+)(?:/(\d+))?")
+_DEPTH = re.compile(r"(\d{1,6})(?:/(\d{1,6}))?\.\.(\d{1,6})(?:/(\d{1,6}))?")
+_MAX_FILE_BYTES = 1 << 20
 
 Fraction = tuple[int, int]  # numerator, denominator
 
@@ -86,14 +88,34 @@ def _read_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:
         return settings.name, parse_rules(settings.rules, f"policy={settings.name}")
     path = Path(settings.file).expanduser()
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(_MAX_FILE_BYTES + 1)
+        if len(text) > _MAX_FILE_BYTES:
+            raise UserError(f"policy.file={path} has more than {_MAX_FILE_BYTES:,} bytes: that is no policy")
+        data = yaml.load(text.decode(), _PlainLoader)  # noqa: S506  # a SafeLoader that takes even less
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"policy.file={path} cannot be read ({error.strerror}): check the path") from error
     except Exception as error:  # YAML's constructors raise ValueError, KeyError, RecursionError ... on odd values
-        raise UserError(f"policy.file={path} is no YAML ({' '.join(str(error).split())}): mend the file") from error
+        raise UserError(
+            f"policy.file={path} is no YAML ({' '.join(str(error).split())[:300]}): mend the file"
+        ) from error
     if not isinstance(data, dict) or not isinstance(data.get("rules"), list):
         raise UserError(f"policy.file={path} must be a mapping with a list `rules`, as in conf/policy/dynamicgate.yaml")
-    return folder_name(str(data.get("name") or path.stem)), parse_rules(data["rules"], str(path))
+    name = data.get("name", path.stem)
+    if not isinstance(name, str):
+        raise UserError(f"policy.file={path}: name must be text, not {shown(name)}")
+    return folder_name(name)[:80], parse_rules(data["rules"], str(path))
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain data without aliases: a few of them can stand for billions of items."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed")
+        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
 
 
 def _holds(rule: Rule, subject: Subject) -> bool:
@@ -118,10 +140,10 @@ def _holds(rule: Rule, subject: Subject) -> bool:
 
 def _parse_rule(raw: Any, where: str) -> Rule:
     if not isinstance(raw, dict):
-        raise UserError(f"{where}: a rule is a mapping with name, type and conditions, not {raw!r}")
+        raise UserError(f"{where}: a rule is a mapping with name, type and conditions, not {shown(raw)}")
     for key in raw:
         if key not in _KEYS:
-            raise UserError(f"{where}: unknown key {key!r}.{nearest(str(key), _KEYS)}")
+            raise UserError(f"{where}: unknown key {shown(key)}.{nearest(str(key), _KEYS)}")
     for key in ("name", "type"):
         if not isinstance(raw.get(key), str) or not raw[key]:
             raise UserError(f"{where}: {key} is missing or no text")
@@ -149,7 +171,7 @@ def _names(raw: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
         return ()
     value = raw[key]
     if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-        raise UserError(f"{where}: {key} must be a list of names, not {value!r}")
+        raise UserError(f"{where}: {key} must be a list of names, not {shown(value)}")
     return tuple(value)
 
 
@@ -158,22 +180,22 @@ def _number(raw: dict[str, Any], key: str, where: str) -> float | None:
     if value is not None and (
         isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
     ):
-        raise UserError(f"{where}: {key} must be a number, not {value!r}")
+        raise UserError(f"{where}: {key} must be a number, not {shown(value)}")
     return value
 
 
 def _integer(raw: dict[str, Any], key: str, where: str) -> int | None:
     value = raw.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise UserError(f"{where}: {key} must be a whole number, not {value!r}")
+        raise UserError(f"{where}: {key} must be a whole number, not {shown(value)}")
     return value
 
 
 def _parse_depth(text: str, where: str) -> tuple[Fraction, Fraction]:
     match = _DEPTH.fullmatch(text.replace(" ", ""))
     if not match:
-        raise UserError(f'{where}: depth {text!r} is no range of fractions such as "0..1/4"')
+        raise UserError(f'{where}: depth {shown(text)} is no range of fractions such as "0..1/4"')
     a, b, c, d = (int(group or 1) for group in match.groups())
     if b == 0 or d == 0 or not a * d < c * b <= d * b:
-        raise UserError(f"{where}: depth {text!r} must rise and stay within 0..1")
+        raise UserError(f"{where}: depth {shown(text)} must rise and stay within 0..1")
     return (a, b), (c, d)

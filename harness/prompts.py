@@ -13,7 +13,7 @@ from harness.errors import UserError
 from harness.isolate import run_in_child
 from harness.store import Cache, key_of
 
-CUT_VERSION = 1  # of how windows are cut; part of the key of every cached window file
+CUT_VERSION = 2  # of how windows are cut; part of the key of every cached window file
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,7 @@ def load_windows(
         return run_in_child(_cut, text, group, file, model, target, log_path=log)
 
     path = cache.make("windows", key, ".npy", make)
-    facts = cache.facts(path)
-    try:
-        tokens = np.load(path, allow_pickle=False)
-    except ValueError:  # damaged on the disk
-        path.unlink()
-        tokens = np.load(cache.make("windows", key, ".npy", make), allow_pickle=False)
-    return Windows(text_label(text), tokens, **facts)
+    return Windows(text_label(text), np.load(path, allow_pickle=False), **cache.facts(path))
 
 
 def cut_windows(tokens: np.ndarray, n_windows: int, window_tokens: int, bos: int | None) -> np.ndarray:
@@ -86,15 +80,16 @@ def cut_windows(tokens: np.ndarray, n_windows: int, window_tokens: int, bos: int
 
 
 def read_text(text: TextConfig, group: str, file: Path | None) -> str:
-    """The whole text. Plain text is taken as it is; rows of json, parquet and hub data are joined with `join`.
+    """The whole text, loaded by `datasets`: plain text as one document whose lines end with a line feed; rows of json,
+    parquet and hub data are joined with `join`.
 
     Raises UserError when it cannot be read as that.
     """
     where = f"{group}.path={file}" if file else f"{group}.hub.repo_id={text.hub.repo_id}"
     kind = _format_of(text, file) if file else "hub"
     try:
-        if file and (kind == "text" or not file.stat().st_size):
-            return file.read_bytes().decode()  # `datasets` would translate the ends of lines
+        if file and not file.stat().st_size:
+            return ""  # `datasets` wants something to read
         import datasets
 
         datasets.disable_progress_bars()
@@ -105,15 +100,17 @@ def read_text(text: TextConfig, group: str, file: Path | None) -> str:
         else:
             datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would report the load of a local file to a server
             pattern = glob.escape(str(file))  # `datasets` takes the name for a pattern
-            rows = datasets.load_dataset(kind, data_files=pattern, split="train", streaming=True)
+            whole = {"sample_by": "document"} if kind == "text" else {}
+            rows = datasets.load_dataset(kind, data_files=pattern, split="train", streaming=True, **whole)
         parts = []
+        column = "text" if kind == "text" else text.column
         for row in rows:
-            if text.column not in row:
-                raise UserError(f"{where} has no column {text.column!r}: it has {', '.join(row)}; set {group}.column")
-            value = row[text.column]
+            if column not in row:
+                raise UserError(f"{where} has no column {column!r}: it has {', '.join(row)}; set {group}.column")
+            value = row[column]
             if not isinstance(value, str | None):
                 raise UserError(
-                    f"{where}: column {text.column!r} holds {type(value).__name__}, not text; set {group}.column"
+                    f"{where}: column {column!r} holds {type(value).__name__}, not text; set {group}.column"
                 )
             parts.append(value or "")
     except UserError:

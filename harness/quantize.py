@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness.errors import EngineError
+from harness.errors import EngineError, UserError
 from harness.imatrix import read_imatrix
 from harness.plan import Plan
 
@@ -39,7 +39,10 @@ def make_variant(
         on_progress=on_progress,
     )
     quantize_s = time.perf_counter() - begin
-    written = read_header(target)
+    try:
+        written = read_header(target)
+    except UserError as error:  # of a file that llama.cpp wrote, the user cannot mend it
+        raise EngineError(f"the written file cannot be read back: {error}") from error
     types = {t.name: t.type for t in written.tensors}
     for tensor in plan.tensors:
         if types.get(tensor.name) != tensor.type:

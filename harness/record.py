@@ -72,7 +72,10 @@ class Record:
         if not path.is_file() or sha256_file(path) != self.data.get("side_file_sha256"):
             raise UserError(f"{path} is missing or was changed: run the sweep again, it will measure this case anew")
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            values = {name: arrays[name] for name in arrays.files}
+        if "nll" not in values or values["nll"].ndim != 2 or not values["nll"].size:
+            raise UserError(f"{path} holds no per-token values: run the sweep again, it will measure this case anew")
+        return values
 
 
 def mode_label(mode: str, policy: str | None) -> str:
@@ -104,7 +107,7 @@ def read_record(path: Path) -> Record:
         missing = [name for name in REQUIRED if name not in data]
         if missing and version == SCHEMA_VERSION:
             raise KeyError(missing[0])
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no whole record ({error}): delete it and run the sweep again") from error
     if version != SCHEMA_VERSION:
         raise UserError(f"{path} has record version {version}, this harness reads {SCHEMA_VERSION}: use that harness")
@@ -112,16 +115,34 @@ def read_record(path: Path) -> Record:
 
 
 def read_records(folder: Path, wanted: Collection[str] = ()) -> list[Record]:
-    """All records of a sweep, oldest first; of two with the same label the one whose key is `wanted`, else the newer.
+    """All whole records of a sweep, oldest first; of two with one label the one whose key is `wanted`, else the newer.
 
-    Raises UserError when one of them cannot be read.
+    What cannot be read counts as absent; `unreadable_records` tells it.
     """
 
     def place(record: Record) -> tuple[bool, str]:
         return record.data["key"] in wanted, record.data["created_utc"]
 
-    records = sorted((read_record(p) for p in (folder / RECORDS).glob("*.json")), key=place)
+    records = sorted((one for one in _records(folder) if isinstance(one, Record)), key=place)
     return list({record.label: record for record in records}.values())
+
+
+def unreadable_records(folder: Path) -> list[str]:
+    """What is wrong with each record that cannot be read, or whose per-token values cannot."""
+    return [str(one) for one in _records(folder) if isinstance(one, UserError)]
+
+
+def _records(folder: Path) -> list[Record | UserError]:
+    found: list[Record | UserError] = []
+    for path in sorted((folder / RECORDS).glob("*.json")):
+        try:
+            record = read_record(path)
+            if record.ok:
+                record.per_token()
+            found.append(record)
+        except UserError as error:
+            found.append(error)
+    return found
 
 
 def find_record(folder: Path, name: str, sweep_name: str | None = None) -> Record:
@@ -134,14 +155,19 @@ def find_record(folder: Path, name: str, sweep_name: str | None = None) -> Recor
             raise UserError(f"no record at {name}: give a file of a sweep's folder `records`")
         return read_record(Path(name))
     sweeps = [folder / sweep_name] if sweep_name else sorted(path.parent for path in folder.glob(f"*/{RECORDS}"))
-    records = [record for sweep in sweeps for record in read_records(sweep)]
-    found = [record for record in records if record.name == name and record.ok]
+    records = [one for sweep in sweeps for one in _records(sweep) if isinstance(one, Record) and one.ok]
+    found = [record for record in records if record.name == name]
     if not found:
-        known = {record.name for record in records if record.ok}
-        raise UserError(f"no measured case {name!r} below {folder}.{nearest(name, known)}")
+        hint = (
+            nearest(name, {record.name for record in records}) if records else " Run a sweep first, or set results.dir."
+        )
+        raise UserError(f"no measured case {name!r} below {folder}.{hint}")
+    names = sorted({record.path.parent.parent.name for record in found})
+    if len(names) > 1:
+        raise UserError(f"{name} was measured in several sweeps ({', '.join(names)}): say which with results.name=NAME")
     if len(found) > 1:
-        names = ", ".join(record.path.parent.parent.name for record in found)
-        raise UserError(f"{name} was measured in several sweeps ({names}): say which with results.name=NAME")
+        paths = ", ".join(str(record.path) for record in found)
+        raise UserError(f"several records are called {name}: give the path of one instead ({paths})")
     return found[0]
 
 
@@ -151,7 +177,7 @@ def is_done(path: Path, key: str) -> bool:
         return False
     try:
         record = read_record(path)
-        return record.ok and record.data["key"] == key and bool(record.per_token()["nll"].size)
+        return record.ok and record.data["key"] == key and bool(record.per_token())
     except UserError:
         return False
 

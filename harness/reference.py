@@ -7,6 +7,7 @@ from typing import Any
 from harness import sources
 from harness.config import ModelConfig, model_label
 from harness.errors import UserError
+from harness.ggml_types import GGUF_ALIGNMENT
 from harness.header import GgufInfo, split_parts
 from harness.isolate import run_in_child
 from harness.plan import Plan, reference_plan
@@ -60,6 +61,12 @@ def resolve_reference(
     sha256 = source_sha256(source, cache)
     info = inspect(source, sha256, engine_version, cache)
     name = model_label(model)
+    alignment = info.metadata.get("general.alignment", GGUF_ALIGNMENT)
+    if alignment != GGUF_ALIGNMENT:
+        raise UserError(
+            f"{source.name} has general.alignment={alignment}: llama_model_quantize pads by {GGUF_ALIGNMENT} whatever "
+            "that says, so its files could not be loaded; convert the model again without it"
+        )
     if not info.quantized_types:
         return Reference(name, source, sha256, info, sha256, None)
     quantized = info.quantized_types[0]
@@ -70,7 +77,7 @@ def resolve_reference(
         )
     needed = 2 * sum(t.n_weights for t in info.tensors)
     key = key_of("f16", sha256, engine_version)
-    if not cache.path("references", key, ".gguf").exists():
+    if not cache.holds(cache.path("references", key, ".gguf")):
         require_disk(cache.folder, needed, "the F16 reference")
         say(f"deriving the F16 reference from {quantized.upper()} ({needed / 1e9:.1f} GB)")
     path = cache.make(

@@ -1,8 +1,9 @@
 """Records -> tables. Reads records only; runs without llama.cpp."""
 
+import json
 import math
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,34 +14,36 @@ from harness import checks
 from harness.compare import difference
 from harness.errors import UserError
 from harness.frames import attribution_frame, comparison_frame, in_order, measured_cases, percent_change, runs_frame
-from harness.plots import plot_tradeoff
-from harness.record import Record, first_difference, read_records
+from harness.pass_frames import layers_frame, llama_bench, speed_frame
+from harness.passes import known_speed, read_speed
+from harness.plots import plot_layers, plot_tradeoff
+from harness.record import Record, first_difference, read_records, unreadable_records
 from harness.stats import MIN_BLOCKS, Interval
-from harness.store import write_atomic, write_json, write_text
-
-TABLE_COLUMNS = (
-    "Quantization",
-    "Standard PPL",
-    "DynamicGate PPL",
-    "Δ PPL",
-    "Std Size",
-    "DG Size",
-    "Δ Size",
-    "Std Speed",
-    "DG Speed",
+from harness.store import write_atomic, write_text
+from harness.tables import (
+    WIDTH,
+    attribution_table,
+    card_table,
+    case_table,
+    layer_table,
+    llama_bench_table,
+    percent,
+    plus_minus,
+    seconds,
+    size,
+    speed_table,
 )
-CASE_COLUMNS = ("Case", "Size", "bpw", "PPL", "Mean KLD", "Same top", "At equal size", "vs placebo")
-ATTRIBUTION_COLUMNS = ("Rule left out", "It costs", "It saves, ln PPL", "It saves, KLD", "ln PPL per MiB")
+
 WHOLE_COLUMNS = ("n_windows", "n_scored", "peak_rss_bytes")  # a gap in them must not turn them into floats
-_ABSENT = "-"
-_WIDTH = 118
 
 
 _KEY = (
     "PPL: perplexity, lower is better. KLD: KL(reference || variant), nats. ±: standard error, tokens as independent.",
     "[a, b]: 95 % interval of the paired difference, from blocks of tokens. *: no other file is smaller and better.",
     "At equal size: against the two standard files around it, interpolated in bytes (change of PPL in brackets).",
-    "Speed: seconds to score the prompt set once, in scoring order, not a benchmark. Size: G and M are binary.",
+    "Std and DG Speed: seconds to run the prompt set once. Size: G and M are binary.",
+    "Tokens/s: median of the timing pass; spread: (slowest - fastest) / median; changes are against standard.",
+    "Layers: |variant - reference| / |reference| of the hidden state, mean over tokens; changes are against standard.",
 )
 
 
@@ -59,48 +62,51 @@ def write_report(folder: Path, wanted: Collection[str] = ()) -> Report:
     Raises UserError when the records may not stand in one table.
     """
     records = read_records(folder, wanted)
+    problems = unreadable_records(folder)
     if not records:
-        raise UserError(f"{folder} holds no records: run a sweep into it first")
+        raise UserError(problems[0] if problems else f"{folder} holds no records: run a sweep into it first")
     measured = [record for record in records if record.ok]
     unlike = first_difference(record.data for record in measured)
     if unlike:
         name, one, other = unlike
         raise UserError(f"{folder} holds records that differ in {name} ({one} and {other}): they make no one table")
-    runs = runs_frame(records)
+    passes, timings = read_speed(folder), known_speed(folder)
+    runs = runs_frame(records, timings)
     table = comparison_frame(runs, measured)
+    speed, layers = speed_frame(in_order(measured), timings), layers_frame(in_order(measured))
     findings = collect_findings(table, measured)
-    text = _table_text(runs, table, measured, findings)
-    names = ("runs.csv", "table.csv", "table.md", "findings.json", "tradeoff.png")
-    paths = tuple(folder / name for name in names)
-    write_text(paths[0], runs.astype(dict.fromkeys(WHOLE_COLUMNS, "Int64")).to_csv(index=False))
-    write_text(paths[1], table.to_csv(index=False))
-    write_text(paths[2], text)
-    write_json(paths[3], findings)
+    findings["all"] += [
+        finding.to_json() for finding in (*checks.speed_findings(passes, speed), *checks.unreadable_findings(problems))
+    ]
+    text = _table_text(runs, table, measured, findings, speed, layers)
+    written: list[Path] = []
+
+    def put(name: str, content: str) -> None:
+        write_text(folder / name, content)
+        written.append(folder / name)
+
+    def draw(name: str, plot: Callable[[Path], None]) -> None:
+        write_atomic(folder / name, plot)
+        written.append(folder / name)
+
+    put("runs.csv", runs.astype(dict.fromkeys(WHOLE_COLUMNS, "Int64")).to_csv(index=False))
+    put("table.csv", table.to_csv(index=False))
+    put("table.md", text)
+    put("findings.json", json.dumps(findings, indent=1) + "\n")
+    if len(speed):
+        bench = llama_bench(in_order(measured), passes)
+        put("speed.csv", speed.to_csv(index=False))
+        put("llama_bench.json", json.dumps(bench, indent=1) + "\n")
+        put("llama_bench.md", llama_bench_table(bench) + "\n")
     if measured:
-        data = measured[0].data
-        title = (
-            f"{data['reference']['name']} on {data['prompt_set']['name']}; bars are one standard error of the tokens"
-        )
-        write_atomic(paths[4], lambda temporary: plot_tradeoff(runs[runs.status == "ok"], title, temporary))
-    return Report(text, paths if measured else paths[:4])
-
-
-def attribution_table(rows: pd.DataFrame) -> str:
-    """What each rule of a policy saves, and for how many bytes."""
-    cells = []
-    for row in rows.to_dict("records"):
-        mib = row["cost_bytes"] / (1 << 20)
-        per_mib = row["saved_ln_ppl"] / mib if mib > 0 else None
-        cells.append(
-            (
-                f"{row['quant'].upper()} {row['rules']}",
-                size(row["cost_bytes"], signed=True),
-                _between(row["saved_ln_ppl"], row["saved_ln_ppl_low"], row["saved_ln_ppl_high"]),
-                _between(row["saved_kld"], row["saved_kld_low"], row["saved_kld_high"]),
-                _ABSENT if per_mib is None else f"{per_mib:+.4f}",
-            )
-        )
-    return _markdown([ATTRIBUTION_COLUMNS, *cells])
+        reference, prompts = measured[0].data["reference"]["name"], measured[0].data["prompt_set"]["name"]
+        title = f"{reference} on {prompts}; bars are one standard error of the tokens"
+        draw("tradeoff.png", lambda path: plot_tradeoff(runs[runs.status == "ok"], title, path))
+    if len(layers):
+        put("layers.csv", layers.to_csv(index=False))
+        title = f"{reference} on {prompts}: error of the hidden state; bands are 95 % intervals"
+        draw("layers.png", lambda path: plot_layers(layers[layers.layer != "mean"], title, path))
+    return Report(text, tuple(written))
 
 
 def comparison_text(a: Record, b: Record) -> str:
@@ -162,102 +168,13 @@ def _resolution(interval: Interval, n_windows: int) -> list[str]:
     return lines
 
 
-def card_table(table: pd.DataFrame) -> str:
-    """The model card's table: standard beside the other mode. Cells are rounded, not cut."""
-    rows = [
-        (
-            _quant_label(row),
-            plus_minus(row["std_ppl"], row["std_ppl_se"]),
-            plus_minus(row["dg_ppl"], row["dg_ppl_se"]),
-            percent(row["delta_ppl_pct"], row["delta_ppl_pct_low"], row["delta_ppl_pct_high"]),
-            size(row["std_bytes"]),
-            size(row["dg_bytes"]),
-            size(row["delta_bytes"], signed=True),
-            seconds(row["std_pass_s"]),
-            seconds(row["dg_pass_s"]),
-        )
-        for row in table.to_dict("records")
-    ]
-    return _markdown([TABLE_COLUMNS, *rows])
-
-
-def case_table(runs: pd.DataFrame) -> str:
-    """Every case by itself: size, perplexity, divergence, and how it stands at equal size."""
-    rows = [
-        (
-            row["name"] + ("" if row["on_front"] is not True else " *"),
-            size(row["file_bytes"]),
-            f"{row['bpw']:.2f}",
-            plus_minus(row["ppl"], row["ppl_se"]),
-            plus_minus(row["kld_mean"], row["kld_se"]),
-            _ABSENT if _is_absent(row["same_top"]) else f"{100 * row['same_top']:.1f}%",
-            _verdict_cell(row),
-            row["vs_placebo"] or _ABSENT,
-        )
-        for row in runs[runs.status == "ok"].astype(object).where(runs.notna(), None).to_dict("records")
-    ]
-    return _markdown([CASE_COLUMNS, *rows])
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it reads in a terminal as well, and without spaces at the bars where it would be
-    too wide for one. The first row is the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    space = " " if sum(widths) + 3 * len(widths) + 1 <= _WIDTH + 2 else ""
-    bar = f"{space}|{space}"
-    return "\n".join(f"|{space}{bar.join(map(str.ljust, cells, widths))}{space}|" for cells in rows)
-
-
-def _between(value: float, low: float | None, high: float | None) -> str:
-    return f"{value:+.4f}" + ("" if _is_absent(low) or _is_absent(high) else f" [{low:+.4f}, {high:+.4f}]")
-
-
-def _verdict_cell(row: Mapping[Any, Any]) -> str:
-    if row["verdict"]:
-        change = percent_change(row["equal_size_ln_ppl"])
-        return f"{row['verdict']} ({change:+.1f}%)"
-    return "no neighbours" if row["verdict_reason"] and not row["verdict_between"] else _ABSENT
-
-
-def plus_minus(value: float | None, se: float | None) -> str:
-    """'28.41 ±1.32': the value with as many decimals as its error has up to two figures."""
-    if _is_absent(value):
-        return _ABSENT
-    if _is_absent(se):
-        return f"{value:.2f}"
-    decimals = max(0, min(4, 1 - math.floor(math.log10(se)))) if se else 4
-    return f"{value:.{decimals}f} ±{se:.{decimals}f}"
-
-
-def percent(value: float | None, low: float | None, high: float | None) -> str:
-    """'-43.9% [-46.2, -41.5]': with its 95 % interval."""
-    if _is_absent(value):
-        return _ABSENT
-    return f"{value:+.1f}%" + ("" if _is_absent(low) or _is_absent(high) else f" [{low:+.1f}, {high:+.1f}]")
-
-
-def size(n_bytes: float | None, *, signed: bool = False) -> str:
-    """'2.5G' or '93.6M': binary units, as `ls -lh` has them."""
-    if _is_absent(n_bytes):
-        return _ABSENT
-    assert n_bytes is not None
-    unit, scale = ("G", 1 << 30) if round(abs(n_bytes) / (1 << 20), 1) >= 1024 else ("M", 1 << 20)
-    return f"{n_bytes / scale:{'+' if signed else ''}.1f}{unit}"
-
-
-def seconds(value: float | None) -> str:
-    """'13.3s'; whole seconds from 100 on."""
-    if _is_absent(value):
-        return _ABSENT
-    return f"{value:.0f}s" if value is not None and value >= 100 else f"{value:.1f}s"
-
-
 def _table_text(
     runs: pd.DataFrame,
     table: pd.DataFrame,
     measured: Sequence[Record],
     findings: Mapping[str, Sequence[Mapping[str, Any]]],
+    speed: pd.DataFrame,
+    layers: pd.DataFrame,
 ) -> str:
     lines = []
     if measured:
@@ -280,6 +197,11 @@ def _table_text(
         lines += [card_table(table[~table.dg_name.isin(parts)]), "", case_table(runs[~runs.name.isin(parts)]), ""]
         if len(attribution):
             lines += [attribution_table(attribution), ""]
+    if len(speed):
+        lines += [speed_table(speed), ""]
+    if len(layers):
+        lines += [layer_table(layers), ""]
+    if len(table):
         lines += _KEY
     notes = _notes(findings)
     if notes:
@@ -320,18 +242,8 @@ def _notes(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     lines = []
     for kind, seen in kinds.items():
         text = min(advice[kind]) if len(advice[kind]) == 1 else min(advice[kind]).split(";")[0]
-        lines += textwrap.wrap(f"! {kind}: {text}.", _WIDTH, subsequent_indent="  ")
+        lines += textwrap.wrap(f"! {kind}: {text}.", WIDTH, subsequent_indent="  ")
         for what, cases in seen.items():
             text = f"{'all' if len(cases) == len(found) - 1 else ', '.join(cases)}: {what}"
-            lines += textwrap.wrap(text, _WIDTH, initial_indent="  - ", subsequent_indent="    ")
+            lines += textwrap.wrap(text, WIDTH, initial_indent="  - ", subsequent_indent="    ")
     return lines
-
-
-def _quant_label(row: Mapping[Any, Any]) -> str:
-    label = row["quant"].upper()
-    plain = not isinstance(row["policy"], str) or row["policy"] == row["mode"] == "dynamicgate"
-    return label if plain else f"{label} ({row['policy'] if row['mode'] == 'dynamicgate' else row['mode']})"
-
-
-def _is_absent(value: float | None) -> bool:
-    return value is None or math.isnan(value)

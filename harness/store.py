@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,48 +84,70 @@ class Cache:
 
     def path(self, kind: str, key: str, suffix: str = "") -> Path:
         """Where the thing is, or would be."""
+        if "/" in key or "\\" in key:
+            raise ValueError(f"a key names no folder: {key!r}")
         return self.folder / kind / f"{key}{suffix}"
 
     def make(self, kind: str, key: str, suffix: str, make: Callable[[Path], Any]) -> Path:
-        """The cached file, made by `make(temporary path)` if absent. One maker at a time, others wait for it.
+        """The cached file, made by `make(temporary path)` if it is not held. One maker at a time, others wait for it.
 
-        What `make` returns, if anything, is kept as JSON beside the file, for `facts`.
+        What `make` returns, if anything, is kept beside the file, for `facts`.
         """
         path = self.path(kind, key, suffix)
-        if path.exists():
+        if self.holds(path):
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):
-            if not path.exists():
+        with self.lock(path):
+            if not self.holds(path):
                 # The lock is ours, so what an earlier maker left half-written is nobody's.
                 for stale in path.parent.glob(f".{path.name}.*.tmp"):
                     stale.unlink(missing_ok=True)
-
-                def fill(temporary: Path) -> None:
-                    facts = make(temporary)
-                    if facts is not None:
-                        write_json(_facts_path(path), facts)
-
-                write_atomic(path, fill)  # the facts are there before the file is
+                facts: list[Any] = []
+                write_atomic(path, lambda temporary: facts.append(make(temporary)))
+                self.seal(path, facts[0])
         return path
 
+    @contextmanager
+    def lock(self, path: Path) -> Iterator[None]:
+        """One process at a time, for whatever concerns `path`. The lock of a process that died is free."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True):  # so that a holder may enter again
+            yield
+
+    def seal(self, path: Path, facts: Any = None) -> None:
+        """Vouch for a file that was just made: its sha256 goes beside it, last."""
+        write_json(_seal_path(path), {"sha256": self.sha256(path), "facts": facts})
+
+    def holds(self, path: Path) -> bool:
+        """Whether the file is there and is still the one that was sealed."""
+        seal = _read_json(_seal_path(path))
+        try:
+            return isinstance(seal, dict) and seal.get("sha256") == self.sha256(path)
+        except OSError:
+            return False
+
     def facts(self, path: Path) -> Any:
-        """What the maker of a cached file returned."""
-        return json.loads(_facts_path(path).read_text(encoding="utf-8"))
+        """What the maker of a held file returned."""
+        return _read_json(_seal_path(path))["facts"]
+
+    def remove(self, path: Path) -> None:
+        """Forget a cached file."""
+        _seal_path(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
     def json(self, kind: str, key: str, make: Callable[[], Any]) -> Any:
         """A cached JSON value. A damaged file is made again."""
         path = self.path(kind, key, ".json")
-        with suppress(ValueError, FileNotFoundError):
-            return json.loads(path.read_text(encoding="utf-8"))
-        path.unlink(missing_ok=True)
-        self.make(kind, key, ".json", lambda temporary: _write_value(temporary, make()))
-        return json.loads(path.read_text(encoding="utf-8"))
+        stored = _read_json(path)
+        if isinstance(stored, dict) and stored.get("id") == key_of(stored.get("value")):
+            return stored["value"]
+        value = json.loads(json.dumps(make()))
+        write_json(path, {"id": key_of(value), "value": value})
+        return value
 
     def sha256(self, path: Path) -> str:
-        """sha256 of a file anywhere, remembered by path, size and time of change."""
+        """sha256 of a file anywhere, remembered by path, size, times of change and inode."""
         status = path.stat()
-        key = key_of(str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino)
+        key = key_of(str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
         return self.json("sha256", key, lambda: sha256_file(path))
 
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -137,12 +159,16 @@ class Cache:
         return result
 
 
-def _facts_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.facts.json")
+def _seal_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.seal.json")
 
 
-def _write_value(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")
+def _read_json(path: Path) -> Any:
+    """None when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def free_bytes(folder: Path) -> int:

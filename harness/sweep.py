@@ -1,7 +1,7 @@
 """What a sweep will do: its inputs resolved, its cases planned and checked, before anything slow."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -13,9 +13,10 @@ from harness.calibration import Calibration, calibration_file, require_coverage,
 from harness.config import Config, check, model_label, results_name
 from harness.errors import EngineError, UserError
 from harness.ggml_types import UNQUANTIZED
-from harness.imatrix import read_imatrix
+from harness.imatrix import load_imatrix
 from harness.isolate import run_in_child
 from harness.measure import default_first_scored, probability_bytes, probability_path
+from harness.passes import known_speed, layers_path
 from harness.plan import STANDARD_RULE, Plan, make_plan, placebo_plan
 from harness.policy import Rule, load_policy
 from harness.prompts import Windows, load_windows
@@ -64,6 +65,47 @@ class Sweep:
         return tuple(case for case in self.cases if not case.done)
 
     @property
+    def reference_case(self) -> Case:
+        """The reference itself; every sweep measures it."""
+        return next(case for case in self.cases if case.plan.file_type is None)
+
+    @cached_property
+    def speed_cases(self) -> tuple[Case, ...]:
+        """Cases whose speed is not known yet, without those that are the same file as another."""
+        if not self.config.measure.speed:
+            return ()
+        known = known_speed(self.folder)
+        return tuple(case for case in self.cases if case.key not in known and not self.twin(case))
+
+    @cached_property
+    def layer_cases(self) -> tuple[Case, ...]:
+        """Variants whose layers are still to be compared with the reference's."""
+        if not self.config.measure.layers:
+            return ()
+        wanted = [case for case in self.cases if case.plan.file_type is not None and not self.twin(case)]
+        return tuple(case for case in wanted if not layers_path(case.record_path).exists())
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left to do."""
+        return not (self.open_cases or self.speed_cases or self.layer_cases)
+
+    @property
+    def keeps_variants(self) -> bool:
+        """Whether the quantized files stay until the end of the sweep."""
+        return self.config.runtime.keep_variants or self.config.measure.speed or self.config.measure.layers
+
+    @property
+    def to_quantize(self) -> tuple[Case, ...]:
+        """Cases whose file is needed and not there."""
+        needed = {case.key: case for case in (*self.open_cases, *self.speed_cases, *self.layer_cases)}
+        return tuple(
+            case
+            for case in needed.values()
+            if case.plan.file_type and not self.twin(case) and not self.cache.holds(self.variant_path(case))
+        )
+
+    @property
     def imatrix_path(self) -> Path | None:
         """Where the imatrix is, or will be."""
         if self.calibration is None:
@@ -83,6 +125,10 @@ class Sweep:
         key = key_of(self.reference.id, imatrix_id, case.plan.id, self.engine_version)
         return self.cache.path("variants", key, ".gguf")
 
+    def windows_folder(self, case: Case) -> Path:
+        """Where the windows of a case are kept while it is scored."""
+        return self.cache.folder / "scores" / case.key
+
     @property
     def probability_folder(self) -> Path:
         """Where the reference's probabilities are, a file a window."""
@@ -101,7 +147,7 @@ class Sweep:
     def missing_probability_bytes(self) -> int:
         """Disk that the reference's probabilities will still take."""
         n_windows, n = self.prompts.tokens.shape
-        missing = sum(not probability_path(self.probability_folder, i).exists() for i in range(n_windows))
+        missing = sum(not self.cache.holds(probability_path(self.probability_folder, i)) for i in range(n_windows))
         return probability_bytes(missing, n - self.first_scored, self.reference.vocab_size) if self.open_cases else 0
 
     def steps(self, case: Case) -> dict[str, float]:
@@ -109,17 +155,54 @@ class Sweep:
         steps: dict[str, float] = {}
         if self.twin(case):
             return steps
-        if not self.variant_path(case).exists():
+        if not self.cache.holds(self.variant_path(case)):
             steps["quantizing"] = cost.quantize_s(case.plan.tensors, self.n_threads)
-        steps["scoring"] = cost.score_s(case.plan.n_weights, self.prompts.tokens.size, self.n_threads)
+        steps["scoring"] = self.score_s(case)
         return steps
+
+    def score_s(self, case: Case) -> float:
+        """Estimated seconds to score a case."""
+        return cost.score_s(case.plan.n_weights, self.prompts.tokens.size, self.n_threads)
+
+    def log_path(self, case: Case) -> Path:
+        """What llama.cpp says while it works on a case."""
+        label = mode_label(case.plan.mode, case.plan.policy)
+        return self.cache.path("logs", f"{case.plan.quant}-{label}-{case.key[:12]}", ".log")
+
+    @property
+    def layers_s(self) -> float:
+        """Estimated seconds of the pass over the layers."""
+        if not self.layer_cases:
+            return 0.0
+        measure, n_weights = self.config.measure, self.reference.plan.n_weights
+        n_tokens = measure.layer_windows * self.prompts.tokens.shape[1]
+        return (len(self.layer_cases) + 1) * cost.score_s(n_weights, n_tokens, self.n_threads)
+
+    @property
+    def speed_s(self) -> float:
+        """Estimated seconds of the pass that times."""
+        if not self.speed_cases:
+            return 0.0
+        measure, n_tokens = self.config.measure, self.prompts.tokens.shape[1]
+        plans = {case.key: case.plan for case in (self.reference_case, *self.speed_cases)}.values()
+        return measure.speed_rounds * sum(
+            cost.score_s(plan.n_weights, n_tokens, self.n_threads)
+            + cost.generate_s(plan.file_bytes, measure.generate_tokens)
+            for plan in plans
+        )
+
+    @property
+    def needs_imatrix(self) -> bool:
+        """Whether a variant is still to be quantized with one."""
+        return self.calibration is not None and bool(self.to_quantize)
 
     @property
     def imatrix_s(self) -> float:
         """Estimated seconds to collect the imatrix; 0.0 when it is there or nobody needs it."""
-        needed = any(case.plan.file_type and not self.variant_path(case).exists() for case in self.open_cases)
         path = self.imatrix_path
-        if not needed or path is None or path.exists() or self.calibration is None or self.calibration.windows is None:
+        if self.calibration is None or self.calibration.windows is None or path is None or not self.needs_imatrix:
+            return 0.0
+        if self.cache.holds(path):
             return 0.0
         n_tokens = self.calibration.windows.tokens.size
         return cost.imatrix_s(self.reference.plan.n_weights, n_tokens, self.n_threads)
@@ -127,7 +210,10 @@ class Sweep:
     @property
     def estimate_s(self) -> float:
         """Estimated seconds of everything that is left to do."""
-        return self.imatrix_s + sum(sum(self.steps(case).values()) for case in self.open_cases)
+        cases = sum(sum(self.steps(case).values()) for case in self.open_cases)
+        again = [case for case in self.to_quantize if case.done]
+        quantizing = sum(cost.quantize_s(case.plan.tensors, self.n_threads) for case in again)
+        return self.imatrix_s + cases + quantizing + self.layers_s + self.speed_s
 
 
 def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool = True) -> Sweep:
@@ -180,6 +266,7 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
 
     all_plans = [reference.plan, *plans] if with_reference else plans
     cases = {case.record_path: case for case in map(case_of, all_plans)}
+    _require_distinct_names(cases.values())
     sweep = Sweep(
         folder,
         cache,
@@ -196,6 +283,17 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
         _require_same_settings(sweep)
         _require_room(sweep)
     return sweep
+
+
+def _require_distinct_names(cases: Iterable[Case]) -> None:
+    seen: set[tuple[str, str, str | None]] = set()
+    for case in cases:
+        label = (case.plan.quant, case.plan.mode, case.plan.policy)
+        if label in seen:
+            raise UserError(
+                f"two cases would be called {case.name} with policy {label[2]}: give each policy its own name"
+            )
+        seen.add(label)
 
 
 def _plans(
@@ -254,7 +352,8 @@ def _plans(
             )
         plans.append(plan)
     if calibration and calibration.file:
-        require_coverage(read_imatrix(calibration.file), plans, calibration.file)
+        weights = load_imatrix(calibration.file, cache.path("logs", "imatrix-check", ".log"))
+        require_coverage(weights, plans, calibration.file)
     return plans
 
 
@@ -288,12 +387,11 @@ def _require_same_settings(sweep: Sweep) -> None:
 
 
 def _require_room(sweep: Sweep) -> None:
-    if not sweep.open_cases:
-        return
-    variants = [case.plan.file_bytes for case in sweep.open_cases if not sweep.variant_path(case).exists()]
-    largest = sum(variants) if sweep.config.runtime.keep_variants else max(variants, default=0)
-    needed = largest + sweep.missing_probability_bytes
-    require_disk(sweep.cache.folder, needed, "the quantized variants and the reference's probabilities")
+    variants = [case.plan.file_bytes for case in sweep.to_quantize]
+    at_once = sum(variants) if sweep.keeps_variants else max(variants, default=0)
+    needed = at_once + sweep.missing_probability_bytes
+    if needed:
+        require_disk(sweep.cache.folder, needed, "the quantized variants and the reference's probabilities")
 
 
 def _require_context(config: Config, reference: Reference) -> None:

@@ -42,6 +42,7 @@ def tiny_overrides(tiny_gguf: Path, texts: tuple[Path, Path], tmp_path: Path) ->
         "calibration.n_windows=2",
         "calibration.window_tokens=128",
         "runtime.threads=2",
+        "measure.speed=false",
         f"runtime.cache_dir={tmp_path / 'cache'}",
         f"results.dir={tmp_path / 'results'}",
         "results.name=tiny",

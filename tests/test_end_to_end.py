@@ -99,10 +99,10 @@ def test_plan_predicts_the_written_file_exactly(cli: Cli, tiny_overrides: list[s
 def test_a_child_that_aborts_fails_its_case_and_the_sweep_goes_on(
     cli: Cli, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import harness.run
+    import harness.artefacts
 
-    real_score = harness.run.score
-    monkeypatch.setattr(harness.run, "score", _abort_on_variants)
+    real_score = harness.artefacts.score
+    monkeypatch.setattr(harness.artefacts, "score", _abort_on_variants)
     code, out, err = cli("sweep", "quant=q8_0", "mode=standard", *tiny_overrides)
     assert code == 1
     assert "q8_0 standard failed: the engine's process died of SIGABRT" in err
@@ -111,7 +111,7 @@ def test_a_child_that_aborts_fails_its_case_and_the_sweep_goes_on(
     assert records["reference"]["status"] == "ok"
     assert records["q8_0"]["status"] == "failed"
     assert any("deliberate abort" in line for line in records["q8_0"]["log_tail"])
-    monkeypatch.setattr(harness.run, "score", real_score)
+    monkeypatch.setattr(harness.artefacts, "score", real_score)
     assert cli("sweep", "quant=q8_0", "mode=standard", *tiny_overrides)[0] == 0, "a failed case is tried again"
 
 

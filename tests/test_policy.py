@@ -348,14 +348,36 @@ def test_the_shipped_policy_as_a_file_is_the_shipped_policy(rules: tuple[Rule, .
     ("text", "name"),
     [
         ("rules: []", "mine"),
-        ("name: null\nrules: []", "mine"),
         ("name: My Rules/2\nrules: []", "My_Rules_2"),
         ("name: ../../etc\nrules: []", "etc"),
-        ("name: 7\nrules: []", "7"),
+        ("name: '7'\nrules: []", "7"),
+        (f"name: {'x' * 500}\nrules: []", "x" * 80),
     ],
 )
 def test_the_name_of_a_policy_is_safe_for_a_file_name(tmp_path: Path, text: str, name: str) -> None:
     assert load_policy(write(tmp_path, text))[0] == name
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: 7\nrules: []", "name must be text"),
+        ("name: null\nrules: []", "name must be text"),
+        ("a: &a [1]\nrules: [*a]", "aliases"),
+        ("x: " + "9" * 5000 + "\nrules: []", "no YAML"),
+        ("rules: [" + "a," * 600_000 + "]", "bytes"),
+        ("rules: [{name: a, type: q4_k, depth: ['0/" + "1" * 4000 + "..1']}]", "range of fractions"),
+    ],
+)
+def test_odd_and_huge_files_are_refused_at_once(tmp_path: Path, text: str, said: str) -> None:
+    message = refusal(write(tmp_path, text))
+    assert said in message and len(message) < 700
+
+
+def test_a_file_of_aliases_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    assert "aliases" in refusal(write(tmp_path, "\n".join([*lines, "rules: *a11"])))
 
 
 @pytest.mark.parametrize("text", ["", "null", "- name: a\n  type: q4_k", "name: x", "rules:", "rules: {a: 1}", "text"])

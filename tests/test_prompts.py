@@ -169,17 +169,19 @@ def test_unreadable_files_are_refused_by_name(tmp_path: Path, name: str, content
     ],
     ids=["crlf", "no-final-newline", "spaces", "unicode"],
 )
-def test_plain_text_is_tokenized_as_it_is(cut: Cut, tiny_gguf: Path, tmp_path: Path, content: bytes) -> None:
+def test_plain_text_is_tokenized_as_it_is_but_for_the_ends_of_lines(
+    cut: Cut, tiny_gguf: Path, tmp_path: Path, content: bytes
+) -> None:
     path = tmp_path / "plain.txt"
     path.write_bytes(content)
-    tokens, bos = tokenize(tiny_gguf, content.decode())[:2]
+    text = content.decode().replace("\r\n", "\n").replace("\r", "\n")
+    tokens, bos = tokenize(tiny_gguf, text)[:2]
     windows = cut(path, n_windows=1, window_tokens=len(tokens))
     assert windows.text_tokens == len(tokens)
     np.testing.assert_array_equal(windows.tokens, cut_windows(tokens, 1, len(tokens), bos))
-    # a token of one of the bytes each, in their order: nothing was translated on the way
-    carriage_returns = int((windows.tokens == 3 + ord("\r")).sum())
-    assert carriage_returns == content.count(b"\r")
-    assert windows.text_sha256 == hashlib.sha256(content).hexdigest()
+    # each byte is a token, in the order of the text: nothing else was translated on the way
+    assert int((windows.tokens == 3 + ord("\n")).sum()) == text.count("\n")
+    assert windows.text_sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
 # -- cutting and identity

@@ -58,7 +58,7 @@ def collect_activations(
             return False
         if not ask and not failure:
             try:
-                _add(found, name, weights, _float_array(inputs), _expert_ids(node) if op == "MUL_MAT_ID" else None)
+                _add(found, name, weights, float_array(inputs), _expert_ids(node) if op == "MUL_MAT_ID" else None)
             except Exception as error:  # an exception cannot cross the C frames between here and llama_decode
                 failure.append(error)
         return True
@@ -133,7 +133,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.data
 
 
-def _float_array(tensor: Tensor) -> np.ndarray:
+def float_array(tensor: Tensor) -> np.ndarray:
     """float32 view in numpy order [ne3, ne2, ne1, ne0]; strides as ggml says."""
     shape = tuple(tensor.ne[3 - i] for i in range(4))
     strides = tuple(tensor.nb[3 - i] for i in range(4))

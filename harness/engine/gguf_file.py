@@ -4,6 +4,8 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from harness.engine.native import GgufInitParams, ggml
 from harness.errors import UserError
 from harness.ggml_types import FILE_TYPES
@@ -68,6 +70,23 @@ def read_header(path: Path) -> GgufInfo:
         quantized_header_bytes=header_bytes,
         file_bytes=file_bytes,
     )
+
+
+def read_float_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The F32 tensors of one file by name, float32 in numpy's order of extents. Raises UserError as `read_header`."""
+    gguf, tensor_context = _open(path)
+    try:
+        found = {}
+        data_offset = ggml.gguf_get_data_offset(gguf)
+        for i, tensor in enumerate(_tensors(gguf, path)):
+            if tensor.type == "f32":
+                offset = data_offset + ggml.gguf_get_tensor_offset(gguf, i)
+                values = np.fromfile(path, "<f4", tensor.n_weights, offset=offset)
+                found[tensor.name] = values.reshape(tensor.shape[::-1])
+        return found
+    finally:
+        ggml.gguf_free(gguf)
+        ggml.ggml_free(tensor_context)
 
 
 def _open(path: Path) -> tuple[int, int]:

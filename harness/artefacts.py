@@ -1,0 +1,115 @@
+"""Makes what the cases of a sweep need: the imatrix, the variants, the reference's probabilities. Each made once."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from harness.calibration import Calibration, require_coverage
+from harness.imatrix import load_imatrix, make_imatrix
+from harness.isolate import run_in_child
+from harness.measure import Scores, score
+from harness.progress import ProgressDisplay
+from harness.prompts import Windows
+from harness.quantize import make_variant
+from harness.sweep import Case, Sweep
+
+
+def ensure_imatrix(sweep: Sweep, display: ProgressDisplay) -> frozenset[str]:
+    """Collect the imatrix unless it is held or was given. Returns the names of the tensors it has data for.
+
+    Raises EngineError when the reference is broken, UserError when the text did not reach a tensor that needs data.
+    """
+    calibration, path = sweep.calibration, sweep.imatrix_path
+    if calibration is None or path is None:
+        return frozenset()
+    if calibration.windows is not None:
+        _collect(sweep, calibration, calibration.windows, display)
+    weights = load_imatrix(path, sweep.cache.path("logs", "imatrix-check", ".log"))
+    require_coverage(weights, [case.plan for case in sweep.cases], path)
+    return frozenset(weights)
+
+
+def _collect(sweep: Sweep, calibration: Calibration, windows: Windows, display: ProgressDisplay) -> None:
+    if sweep.cache.holds(sweep.cache.path("imatrix", calibration.id, ".gguf")):
+        return
+    with display.step("imatrix: running the calibration text", sweep.imatrix_s) as on_progress:
+        sweep.cache.make(
+            "imatrix",
+            calibration.id,
+            ".gguf",
+            lambda target: run_in_child(
+                make_imatrix,
+                sweep.reference.path,
+                windows.tokens,
+                target,
+                dataset=calibration.name,
+                flash_attention=sweep.config.measure.flash_attention,
+                n_threads=sweep.n_threads,
+                log_path=sweep.cache.path("logs", "imatrix", ".log"),
+                on_progress=on_progress,
+            ),
+        )
+
+
+def ensure_variant(sweep: Sweep, case: Case, display: ProgressDisplay) -> float | None:
+    """Quantize a case's file unless it is held. Returns the seconds it took when it was made; None for the reference.
+
+    Raises EngineError when llama.cpp fails or writes something else than planned.
+    """
+    if case.plan.file_type is None:
+        return None
+    path = sweep.variant_path(case)
+    if not sweep.cache.holds(path):
+        estimate = sweep.steps(case).get("quantizing", 0.0)
+        with display.step(f"{case.name}: quantizing", estimate) as on_progress:
+            sweep.cache.make(
+                "variants",
+                path.stem,
+                ".gguf",
+                lambda target: run_in_child(
+                    make_variant,
+                    sweep.reference.path,
+                    target,
+                    case.plan,
+                    sweep.imatrix_path,
+                    n_threads=sweep.n_threads,
+                    log_path=sweep.log_path(case),
+                    on_progress=on_progress,
+                ),
+            )
+    quantize_s: float = sweep.cache.facts(path)["quantize_s"]
+    return quantize_s
+
+
+def ensure_probabilities(sweep: Sweep, display: ProgressDisplay) -> None:
+    """Compute the reference's probabilities again where its record is there but they were removed; keep the record."""
+    case = sweep.reference_case
+    if not (case.done and sweep.missing_probability_bytes):
+        return
+    folder = sweep.cache.folder / "scores" / f"{case.key}-again"
+    with (
+        sweep.cache.lock(sweep.variant_path(case)),
+        display.step("reference: probabilities", sweep.score_s(case)) as on_progress,
+    ):
+        score_case(sweep, case, folder, on_progress)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def score_case(sweep: Sweep, case: Case, windows_folder: Path, on_progress: Any) -> Scores:
+    """Score one case. Windows that were finished before are taken from `windows_folder`."""
+    scores: Scores = run_in_child(
+        score,
+        sweep.variant_path(case),
+        sweep.prompts.tokens,
+        windows_folder,
+        sweep.probability_folder,
+        sweep.cache,
+        is_reference=case.plan.file_type is None,
+        first_scored=sweep.first_scored,
+        ubatch_tokens=sweep.config.measure.ubatch_tokens,
+        flash_attention=sweep.config.measure.flash_attention,
+        n_threads=sweep.n_threads,
+        log_path=sweep.log_path(case),
+        on_progress=on_progress,
+    )
+    return scores

@@ -1,0 +1,117 @@
+"""What the passes after the scoring leave in a sweep's folder: files beside the records, which never change.
+
+`speed/<id>.json`: one timing pass, its cases timed side by side. `layers/<record>.npz`: errors of the hidden states.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness.errors import UserError
+from harness.store import write_json, write_npz
+
+SPEED_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One case in one timing pass, a value a round: seconds to load, to process a prompt, to generate tokens."""
+
+    pass_id: str
+    prompt_tokens: int
+    generate_tokens: int
+    load_s: tuple[float, ...]
+    prompt_s: tuple[float, ...]
+    generate_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SpeedPass:
+    """One timing pass. cases: by key; skipped: key -> why. other_cpu_share: of the machine's cores, taken by others."""
+
+    id: str
+    created_utc: str
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    other_cpu_share: float
+    cases: dict[str, Timing]
+    skipped: dict[str, str]
+
+
+def write_speed(folder: Path, done: SpeedPass) -> Path:
+    """One file a pass, named by its id."""
+    path = folder / "speed" / f"{done.id}.json"
+    cases = {
+        key: {"load_s": t.load_s, "prompt_s": t.prompt_s, "generate_s": t.generate_s} for key, t in done.cases.items()
+    }
+    data = {
+        "schema_version": SPEED_VERSION,
+        "created_utc": done.created_utc,
+        "settings": done.settings,
+        "environment": done.environment,
+        "other_cpu_share": done.other_cpu_share,
+        "cases": cases,
+        "skipped": done.skipped,
+    }
+    write_json(path, data)
+    return path
+
+
+def read_speed(folder: Path) -> list[SpeedPass]:
+    """All timing passes of a sweep, oldest first. A file that cannot be read counts as absent."""
+    passes = [one for path in (folder / "speed").glob("*.json") if (one := _read_pass(path)) is not None]
+    return sorted(passes, key=lambda one: one.created_utc)
+
+
+def known_speed(folder: Path) -> dict[str, Timing]:
+    """The newest timing of every case, by its key."""
+    return {key: timing for one in read_speed(folder) for key, timing in one.cases.items()}
+
+
+def layers_path(record_path: Path) -> Path:
+    """Where the errors of a case's hidden states are, or would be."""
+    return record_path.parent.parent / "layers" / record_path.with_suffix(".npz").name
+
+
+def write_layers(record_path: Path, layers: np.ndarray, errors: np.ndarray) -> None:
+    """layers: int32 [n_layers]; errors: float32 [n_layers, n_windows, n_scored], relative error of each token."""
+    write_npz(layers_path(record_path), layers=layers, errors=errors)
+
+
+def read_layers(record_path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """layers and errors as written; None when they were not measured. Raises UserError on a damaged file."""
+    path = layers_path(record_path)
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["layers"], arrays["errors"]
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        raise UserError(f"{path} is damaged ({error}): delete it and run the sweep again") from error
+
+
+def _read_pass(path: Path) -> SpeedPass | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema_version"] != SPEED_VERSION:
+            return None
+        settings = data["settings"]
+        sizes = (int(settings["prompt_tokens"]), int(settings["generate_tokens"]))
+        cases = {
+            key: Timing(path.stem, *sizes, *(tuple(map(float, one[n])) for n in ("load_s", "prompt_s", "generate_s")))
+            for key, one in data["cases"].items()
+        }
+        return SpeedPass(
+            path.stem,
+            data["created_utc"],
+            settings,
+            data["environment"],
+            float(data["other_cpu_share"]),
+            cases,
+            data["skipped"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,183 @@
+"""Tables for reading: Markdown that is aligned for a terminal too, from data frames that hold the numbers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from harness.frames import percent_change
+
+TABLE_COLUMNS = (
+    "Quantization",
+    "Standard PPL",
+    "DynamicGate PPL",
+    "Δ PPL",
+    "Std Size",
+    "DG Size",
+    "Δ Size",
+    "Std Speed",
+    "DG Speed",
+)
+CASE_COLUMNS = ("Case", "Size", "bpw", "PPL", "Mean KLD", "Same top", "At equal size", "vs placebo")
+ATTRIBUTION_COLUMNS = ("Rule left out", "It costs", "It saves, ln PPL", "It saves, KLD", "ln PPL per MiB")
+SPEED_COLUMNS = ("Case", "Load", "Prompt, tokens/s", "Change", "Generation, tokens/s", "Change")
+LAYER_COLUMNS = ("Case", "Last layer", "Change", "Mean over layers", "Change")
+WIDTH = 118
+_ABSENT = "-"
+
+
+def card_table(table: pd.DataFrame) -> str:
+    """The model card's table: standard beside the other mode. Cells are rounded, not cut."""
+    rows = [
+        (
+            _quant_label(row),
+            plus_minus(row["std_ppl"], row["std_ppl_se"]),
+            plus_minus(row["dg_ppl"], row["dg_ppl_se"]),
+            percent(row["delta_ppl_pct"], row["delta_ppl_pct_low"], row["delta_ppl_pct_high"]),
+            size(row["std_bytes"]),
+            size(row["dg_bytes"]),
+            size(row["delta_bytes"], signed=True),
+            seconds(row["std_speed_s"]),
+            seconds(row["dg_speed_s"]),
+        )
+        for row in table.to_dict("records")
+    ]
+    return _markdown([TABLE_COLUMNS, *rows])
+
+
+def case_table(runs: pd.DataFrame) -> str:
+    """Every case by itself: size, perplexity, divergence, and how it stands at equal size."""
+    rows = [
+        (
+            row["name"] + ("" if row["on_front"] is not True else " *"),
+            size(row["file_bytes"]),
+            f"{row['bpw']:.2f}",
+            plus_minus(row["ppl"], row["ppl_se"]),
+            plus_minus(row["kld_mean"], row["kld_se"]),
+            _ABSENT if _is_absent(row["same_top"]) else f"{100 * row['same_top']:.1f}%",
+            _verdict_cell(row),
+            row["vs_placebo"] or _ABSENT,
+        )
+        for row in runs[runs.status == "ok"].astype(object).where(runs.notna(), None).to_dict("records")
+    ]
+    return _markdown([CASE_COLUMNS, *rows])
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it reads in a terminal as well, and without spaces at the bars where it would be
+    too wide for one. The first row is the header."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    space = " " if sum(widths) + 3 * len(widths) + 1 <= WIDTH + 2 else ""
+    bar = f"{space}|{space}"
+    return "\n".join(f"|{space}{bar.join(map(str.ljust, cells, widths))}{space}|" for cells in rows)
+
+
+def _between(value: float, low: float | None, high: float | None) -> str:
+    return f"{value:+.4f}" + ("" if _is_absent(low) or _is_absent(high) else f" [{low:+.4f}, {high:+.4f}]")
+
+
+def _verdict_cell(row: Mapping[Any, Any]) -> str:
+    if row["verdict"]:
+        change = percent_change(row["equal_size_ln_ppl"])
+        return f"{row['verdict']} ({change:+.1f}%)"
+    return "no neighbours" if row["verdict_reason"] and not row["verdict_between"] else _ABSENT
+
+
+def plus_minus(value: float | None, se: float | None) -> str:
+    """'28.41 ±1.32': the value with as many decimals as its error has up to two figures."""
+    if _is_absent(value):
+        return _ABSENT
+    if _is_absent(se):
+        return f"{value:.2f}"
+    decimals = max(0, min(4, 1 - math.floor(math.log10(se)))) if se else 4
+    return f"{value:.{decimals}f} ±{se:.{decimals}f}"
+
+
+def percent(value: float | None, low: float | None, high: float | None) -> str:
+    """'-43.9% [-46.2, -41.5]': with its 95 % interval."""
+    if _is_absent(value):
+        return _ABSENT
+    return f"{value:+.1f}%" + ("" if _is_absent(low) or _is_absent(high) else f" [{low:+.1f}, {high:+.1f}]")
+
+
+def size(n_bytes: float | None, *, signed: bool = False) -> str:
+    """'2.5G' or '93.6M': binary units, as `ls -lh` has them."""
+    if _is_absent(n_bytes):
+        return _ABSENT
+    assert n_bytes is not None
+    unit, scale = ("G", 1 << 30) if round(abs(n_bytes) / (1 << 20), 1) >= 1024 else ("M", 1 << 20)
+    return f"{n_bytes / scale:{'+' if signed else ''}.1f}{unit}"
+
+
+def seconds(value: float | None) -> str:
+    """'13.3s'; whole seconds from 100 on."""
+    if _is_absent(value):
+        return _ABSENT
+    return f"{value:.0f}s" if value is not None and value >= 100 else f"{value:.1f}s"
+
+
+def attribution_table(rows: pd.DataFrame) -> str:
+    """What each rule of a policy saves, and for how many bytes."""
+    cells = []
+    for row in rows.to_dict("records"):
+        mib = row["cost_bytes"] / (1 << 20)
+        per_mib = row["saved_ln_ppl"] / mib if mib > 0 else None
+        cells.append(
+            (
+                f"{row['quant'].upper()} {row['rules']}",
+                size(row["cost_bytes"], signed=True),
+                _between(row["saved_ln_ppl"], row["saved_ln_ppl_low"], row["saved_ln_ppl_high"]),
+                _between(row["saved_kld"], row["saved_kld_low"], row["saved_kld_high"]),
+                _ABSENT if per_mib is None else f"{per_mib:+.4f}",
+            )
+        )
+    return _markdown([ATTRIBUTION_COLUMNS, *cells])
+
+
+def speed_table(rows: pd.DataFrame) -> str:
+    """Speeds of the timing pass: medians with their spread, change against standard with its interval."""
+    cells = []
+    for row in rows.to_dict("records"):
+        line = [row["name"], seconds(row["warm_load_s"])]
+        for step in ("prompt", "generate"):
+            names = [f"delta_{step}_pct", f"delta_{step}_pct_low", f"delta_{step}_pct_high"]
+            line.append(f"{row[f'{step}_tokens_per_s']:.1f} (spread {100 * row[f'{step}_spread']:.1f}%)")
+            line.append(percent(*(row[name] for name in names)))
+        cells.append(tuple(line))
+    return _markdown([SPEED_COLUMNS, *cells])
+
+
+def layer_table(rows: pd.DataFrame) -> str:
+    """Relative error of the hidden state after the last layer and averaged over the depth."""
+    cells = []
+    for name, of_case in rows.groupby("name", sort=False):
+        line = [str(name)]
+        for row in (of_case.iloc[-2], of_case.iloc[-1]):
+            line.append(f"{row['error']:.4f}")
+            line.append(percent(row["delta_pct"], row["delta_pct_low"], row["delta_pct_high"]))
+        cells.append(tuple(line))
+    return _markdown([LAYER_COLUMNS, *cells])
+
+
+def llama_bench_table(tests: Sequence[Mapping[str, Any]]) -> str:
+    """The columns of `llama-bench -o md`, from its JSON fields."""
+    header = ("model", "size", "params", "backend", "threads", "test", "t/s")
+    rows = []
+    for test in tests:
+        kind = f"pp{test['n_prompt']}" if test["n_prompt"] else f"tg{test['n_gen']}"
+        n_bytes, params = f"{test['model_size'] / (1 << 20):.2f} MiB", f"{test['model_n_params'] / 1e6:.2f} M"
+        speed = f"{test['avg_ts']:.2f} ± {test['stddev_ts']:.2f}"
+        rows.append((test["model_type"], n_bytes, params, test["backends"], str(test["n_threads"]), kind, speed))
+    return _markdown([header, *rows])
+
+
+def _quant_label(row: Mapping[Any, Any]) -> str:
+    label = row["quant"].upper()
+    plain = not isinstance(row["policy"], str) or row["policy"] == row["mode"] == "dynamicgate"
+    return label if plain else f"{label} ({row['policy'] if row['mode'] == 'dynamicgate' else row['mode']})"
+
+
+def _is_absent(value: float | None) -> bool:
+    return value is None or math.isnan(value)
