@@ -12,6 +12,7 @@ from harness.compare import Measured, difference, dominators
 from harness.ggml_types import GGML_TYPES
 from harness.passes import SpeedPass
 from harness.plan import Plan
+from harness.record import COMPARABLE, first_difference
 
 NEARLY_NOTHING_NATS = 1e-5
 BUSY_SHARE = 0.05
@@ -306,6 +307,21 @@ def speed_findings(passes: Sequence[SpeedPass], speed: pd.DataFrame) -> list[Fin
             )
         )
     return findings
+
+
+def mixed_findings(records: Sequence[dict[str, Any]], allowed: Collection[str]) -> list[Finding]:
+    """Fields that were allowed to differ between rows, and do."""
+    different = [name for name in allowed if first_difference(records, [n for n in COMPARABLE if n != name])]
+    if not different:
+        return []
+    return [
+        Finding(
+            "mixed",
+            f"rows differ in {', '.join(different)}, as results.allow_different permits",
+            "part of a difference between rows may come from there",
+            "measure all rows alike before publishing",
+        )
+    ]
 
 
 def unreadable_findings(problems: Sequence[str]) -> list[Finding]:

@@ -171,7 +171,8 @@ def _sweep(overrides: list[str]) -> int:
         console.print(sweep_summary(sweep), highlight=False, markup=False)
         with ProgressDisplay(console, sweep.estimate_s) as display:
             failures += run(sweep, display)
-        report = write_report(sweep.folder, [case.key for case in sweep.cases])
+        allowed = sweep.config.results.allow_different
+        report = write_report(sweep.folder, [case.key for case in sweep.cases], allowed)
         print(f"\n{report.text}")
         print("written:", *report.paths, sep="\n  ")
     for failure in failures:
@@ -225,7 +226,7 @@ def _compare(arguments: list[str]) -> int:
     results = config.results
     folder = Path(results.dir).expanduser()
     a, b = (find_record(folder, name, results.name) for name in names)
-    print(comparison_text(a, b))
+    print(comparison_text(a, b, results.allow_different))
     return 0
 
 

@@ -7,6 +7,15 @@ from typing import Any
 from harness.errors import UserError, nearest
 from harness.ggml_types import FILE_TYPES, IMATRIX_MIN_ROWS
 
+# Rows that differ in these were still measured on the same tokens against the same reference.
+MAY_DIFFER = (
+    "calibration.id",
+    "settings.ubatch_tokens",
+    "settings.flash_attention",
+    "settings.threads",
+    "versions.llama_cpp_python",
+)
+
 
 @dataclass
 class WheelConfig:
@@ -128,6 +137,7 @@ class ResultsConfig:
 
     dir: str = "results"
     name: str | None = None  # null: <model>-<prompts>-<windows>x<tokens>
+    allow_different: list[str] = field(default_factory=list)  # fields in which the rows of one table may differ
 
 
 @dataclass
@@ -163,6 +173,10 @@ def check(config: Config) -> None:
             raise UserError(f"{name}.name={value!r}: give a plain name, it becomes part of file names")
     if config.results.name is not None and not is_folder_name(config.results.name):
         raise UserError(f"results.name={config.results.name!r}: give a plain folder name; results.dir says where")
+    for name in config.results.allow_different:
+        if name not in MAY_DIFFER:
+            known = nearest(name, MAY_DIFFER)
+            raise UserError(f"results.allow_different={name}: rows that differ in it measure another thing.{known}")
 
 
 def _check_numbers(config: Config) -> None:

@@ -190,13 +190,13 @@ def field(data: dict[str, Any], dotted: str) -> Any:
     return value
 
 
-def first_difference(records: Iterable[dict[str, Any]]) -> tuple[str, Any, Any] | None:
+def first_difference(records: Iterable[dict[str, Any]], allowed: Collection[str] = ()) -> tuple[str, Any, Any] | None:
     """The first field of COMPARABLE in which records differ, with both values; None when they all agree.
 
-    The reference has no imatrix, so its calibration is not compared.
+    The reference has no imatrix, so its calibration is not compared; nor are the `allowed` fields.
     """
     records = list(records)
-    for name in COMPARABLE:
+    for name in (name for name in COMPARABLE if name not in allowed):
         compared = [data for data in records if name != "calibration.id" or data["mode"] != "reference"]
         values = [field(data, name) for data in compared]
         for value in values[1:]:

@@ -55,7 +55,7 @@ class Report:
     paths: tuple[Path, ...]
 
 
-def write_report(folder: Path, wanted: Collection[str] = ()) -> Report:
+def write_report(folder: Path, wanted: Collection[str] = (), allow_different: Collection[str] = ()) -> Report:
     """Tables and plot of all records in a sweep's folder, written beside them. Of two records with one name the one
     whose key is `wanted` counts, else the newer.
 
@@ -66,7 +66,7 @@ def write_report(folder: Path, wanted: Collection[str] = ()) -> Report:
     if not records:
         raise UserError(problems[0] if problems else f"{folder} holds no records: run a sweep into it first")
     measured = [record for record in records if record.ok]
-    unlike = first_difference(record.data for record in measured)
+    unlike = first_difference((record.data for record in measured), allow_different)
     if unlike:
         name, one, other = unlike
         raise UserError(f"{folder} holds records that differ in {name} ({one} and {other}): they make no one table")
@@ -76,7 +76,12 @@ def write_report(folder: Path, wanted: Collection[str] = ()) -> Report:
     speed, layers = speed_frame(in_order(measured), timings), layers_frame(in_order(measured))
     findings = collect_findings(table, measured)
     findings["all"] += [
-        finding.to_json() for finding in (*checks.speed_findings(passes, speed), *checks.unreadable_findings(problems))
+        finding.to_json()
+        for finding in (
+            *checks.mixed_findings([record.data for record in measured], allow_different),
+            *checks.speed_findings(passes, speed),
+            *checks.unreadable_findings(problems),
+        )
     ]
     text = _table_text(runs, table, measured, findings, speed, layers)
     written: list[Path] = []
@@ -109,7 +114,7 @@ def write_report(folder: Path, wanted: Collection[str] = ()) -> Report:
     return Report(text, tuple(written))
 
 
-def comparison_text(a: Record, b: Record) -> str:
+def comparison_text(a: Record, b: Record, allow_different: Collection[str] = ()) -> str:
     """Two records compared on the same tokens, with what this prompt set can and cannot tell.
 
     Raises UserError when they may not be compared, naming the field that differs.
@@ -117,7 +122,7 @@ def comparison_text(a: Record, b: Record) -> str:
     for record in (a, b):
         if not record.ok:
             raise UserError(f"{record.name} failed, {record.path} has no values to compare: run its sweep again")
-    unlike = first_difference([a.data, b.data])
+    unlike = first_difference([a.data, b.data], allow_different)
     if unlike:
         name, one, other = unlike
         raise UserError(f"{a.name} and {b.name} differ in {name} ({one} and {other}): they cannot be compared")

@@ -377,7 +377,7 @@ def _require_same_settings(sweep: Sweep) -> None:
         },
         "versions": {"metrics": metrics.VERSION, "llama_cpp_python": sweep.engine_version},
     }
-    difference = first_difference([*old, new])
+    difference = first_difference([*old, new], sweep.config.results.allow_different)
     if difference:
         name, before, now = difference
         raise UserError(

@@ -215,10 +215,16 @@ def test_the_kind_of_attention_moves_numbers_and_is_kept_apart(
     assert settings == {"first_scored": 65, "ubatch_tokens": 512, "flash_attention": True, "threads": 2}
     code, _, err = cli(*sweep, "measure.flash_attention=false")
     assert code == 2 and "settings.flash_attention" in err
+    code, _, err = cli(*sweep, "measure.flash_attention=false", "results.allow_different=[prompt_set.id]")
+    assert code == 2 and "measure another thing" in err
     code, _, err = cli(*sweep, "measure.flash_attention=false", "results.name=other")
     assert code == 0, err
     one, other = (read_records(tmp_path / "results" / name)[0].per_token()["nll"] for name in ("tiny", "other"))
     assert (one != other).any() and abs(one - other).max() < 0.05
+    asked_for = "results.allow_different=[settings.flash_attention]"
+    code, out, err = cli("sweep", "quant=q4_0", *sweep[2:], "measure.flash_attention=false", asked_for)
+    assert code == 0, err
+    assert "! mixed" in out and "settings.flash_attention" in out
 
 
 def test_tensors_without_imatrix_data_are_a_finding() -> None:

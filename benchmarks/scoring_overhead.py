@@ -1,0 +1,72 @@
+"""What scoring costs over llama_decode alone, and the memory it takes: three ways of running one window, side by side.
+
+    python benchmarks/scoring_overhead.py MODEL.gguf [ROUNDS]
+
+decode: the logits are computed and left alone; nll: and each token's nll and likeliest token; kld: and the divergence
+from probabilities that were stored before (the model's own: what they are does not change the work). Rounds go forwards
+and backwards in turn. Prints medians, ratios with their range over the rounds, and peak memory beside the bound
+(the file, and 1.3 times the logits of one window).
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from harness import metrics
+from harness.engine import model as engine
+from harness.measure import RowReader, default_first_scored, peak_rss_bytes
+
+N_TOKENS, UBATCH, WAYS = 2048, 512, ("decode", "nll", "kld")
+
+
+def main(path: Path, rounds: int) -> None:
+    rng = np.random.default_rng(0)
+    first = default_first_scored(N_TOKENS)
+    wanted = np.zeros(N_TOKENS, bool)
+    wanted[first - 1 : N_TOKENS - 1] = True
+    from harness.record import physical_cores
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        engine.open_model(path) as model,
+        engine.open_context(
+            model, n_ctx=N_TOKENS, ubatch_tokens=UBATCH, flash_attention=True, n_threads=physical_cores()
+        ) as context,
+    ):
+        size = engine.n_vocab(model)
+        window = rng.integers(10, size - 10, N_TOKENS).astype(np.int32)
+        stored = Path(folder) / "window.p"
+        with stored.open("wb") as file:
+            for _, logits, _ in engine.decode_window(context, window, wanted, size, UBATCH):
+                for start in range(0, len(logits), 16):
+                    p, entropy = metrics.probabilities(logits[start : start + 16])
+                    for row, value in zip(p, entropy, strict=True):
+                        file.write(np.float64(value).tobytes())
+                        file.write(row.tobytes())
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        for i in range(rounds):
+            for way in WAYS if i % 2 == 0 else WAYS[::-1]:
+                with stored.open("rb") as file:
+                    reader = RowReader(file, size) if way == "kld" else None
+                    begin = time.perf_counter()
+                    for position, logits, _ in engine.decode_window(context, window, wanted, size, UBATCH):
+                        if way != "decode" and len(logits):
+                            metrics.token_values(logits, window[position + 1 : position + 1 + len(logits)], reader)
+                    seconds[way].append(time.perf_counter() - begin)
+    peak = peak_rss_bytes() or 0
+    for way in WAYS:
+        ratios = np.array(seconds[way]) / np.array(seconds["decode"]) - 1
+        print(
+            f"{way:<7} median {np.median(seconds[way]):7.3f} s   over decode {100 * np.median(ratios):+6.2f} % "
+            f"({100 * ratios.min():+.2f} to {100 * ratios.max():+.2f})"
+        )
+    logits_bytes = (N_TOKENS - first) * size * 4
+    bound = path.stat().st_size + 1.3 * logits_bytes
+    print(f"peak {peak / 1e6:.0f} MB; the file and 1.3 windows of logits are {bound / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 5)
