@@ -19,7 +19,7 @@ from harness import metrics
 from harness.engine import model as engine
 from harness.measure import RowReader, default_first_scored, peak_rss_bytes
 
-N_TOKENS, UBATCH, WAYS = 2048, 512, ("decode", "nll", "kld")
+N_TOKENS, UBATCH, WAYS = 2048, 128, ("decode", "nll", "kld")
 
 
 def main(path: Path, rounds: int) -> None:

@@ -21,6 +21,7 @@ verbs
   sweep    quantize, measure and compare: every quant in both modes, and the reference
   plan     show the type of every tensor, the file's bytes and the time, and do nothing
   compare  two measured cases on the same tokens: difference, interval, what this much text can resolve
+  report   tables in all formats, plots and one page from finished sweeps, without llama.cpp: report results=DIR
   doctor   show versions, CPU features, memory, disk, cache, and whether the default inputs can be had
 
 overrides that matter (any value may be a list a,b,c; `python -m harness sweep --help` shows all groups)
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb, *rest = arguments
     from harness.errors import EngineError, UserError, nearest
 
-    verbs = {"sweep": _sweep, "plan": _plan, "compare": _compare, "doctor": _doctor}
+    verbs = {"sweep": _sweep, "plan": _plan, "compare": _compare, "report": _report, "doctor": _doctor}
     signal.signal(signal.SIGTERM, _stop)
     try:
         if verb not in verbs:
@@ -227,6 +228,41 @@ def _compare(arguments: list[str]) -> int:
     folder = Path(results.dir).expanduser()
     a, b = (find_record(folder, name, results.name) for name in names)
     print(comparison_text(a, b, results.allow_different))
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    """Plain settings of its own, not Hydra's: it must run where only pandas and matplotlib are."""
+    from harness.errors import UserError, nearest
+    from harness.record import MAY_DIFFER, RECORDS
+    from harness.report import load_results, write_full_report
+
+    given: dict[str, list[str]] = {"results": [], "out": [], "allow_different": []}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in given or not value:
+            raise UserError(f"report takes results=DIR, out=DIR and allow_different=FIELD, not {argument!r}")
+        given[key] += value.split(",") if key == "allow_different" else [value]
+    for name in given["allow_different"]:
+        if name not in MAY_DIFFER:
+            raise UserError(f"allow_different={name}: such rows measure another thing.{nearest(name, MAY_DIFFER)}")
+    folders = [Path(one).expanduser() for one in given["results"]]
+    if not folders:
+        folders = sorted(path.parent for path in Path("results").glob(f"*/{RECORDS}"))
+        if len(folders) != 1:
+            found = ", ".join(map(str, folders)) or "none in results/"
+            raise UserError(f"say which sweep with results=DIR ({found})")
+    if len(given["out"]) > 1:
+        raise UserError("out= is given twice: give one folder")
+    if len(folders) > 1 and not given["out"]:
+        raise UserError("several sweeps make a new report: say where with out=DIR")
+    for folder in folders:
+        if not (folder / RECORDS).is_dir():
+            raise UserError(f"results={folder}: no folder of a sweep (it has no {RECORDS}/)")
+    out = Path(given["out"][0]).expanduser() if given["out"] else folders[0] / "report"
+    report = write_full_report(load_results(folders, allow_different=given["allow_different"]), out)
+    print(report.text)
+    print("written:", *report.paths, sep="\n  ")
     return 0
 
 

@@ -6,15 +6,7 @@ from typing import Any
 
 from harness.errors import UserError, nearest
 from harness.ggml_types import FILE_TYPES, IMATRIX_MIN_ROWS
-
-# Rows that differ in these were still measured on the same tokens against the same reference.
-MAY_DIFFER = (
-    "calibration.id",
-    "settings.ubatch_tokens",
-    "settings.flash_attention",
-    "settings.threads",
-    "versions.llama_cpp_python",
-)
+from harness.record import MAY_DIFFER
 
 
 @dataclass
@@ -113,7 +105,7 @@ class MeasureConfig:
     """What is scored in each window, and the passes that follow."""
 
     first_scored: int | None = None  # first target that counts; null: n/2 + 1, as llama-perplexity
-    ubatch_tokens: int = 512
+    ubatch_tokens: int = 128
     flash_attention: bool = True  # false for the architectures that llama.cpp cannot run with it
     speed: bool = True  # time every variant in a pass of its own
     speed_rounds: int = 3  # rounds of that pass; in each every variant has its turn

@@ -59,10 +59,11 @@ def comparison_frame(runs: pd.DataFrame, records: Sequence[Record]) -> pd.DataFr
         standard = next((row for _, row in of_quant[of_quant["mode"] == "standard"].iterrows()), None)
         others = [row for _, row in of_quant[of_quant["mode"] != "standard"].iterrows()] or [None]
         rows += [_pair_row(quant, standard, other, cases) for other in others]
-    # What an attribution leaves out has a table of its own; it must not make the others harder to tell apart.
-    family = [None if "_without_" in (row["policy"] or "") else row["p"] for row in rows]
-    for row, p_holm in zip(rows, holm(family), strict=True):
-        row["p_holm"] = p_holm
+    # The parts of an attribution are a family of their own: they must not make the others harder to tell apart.
+    for parts in (False, True):
+        family = [row for row in rows if ("_without_" in (row["policy"] or "")) is parts]
+        for row, p_holm in zip(family, holm([row["p"] for row in family]), strict=True):
+            row["p_holm"] = p_holm
     return pd.DataFrame(rows, columns=[*_pair_row("", None, None, {}), "p_holm"])
 
 
@@ -134,6 +135,7 @@ def _quality_columns(values: dict[str, np.ndarray] | None, reference: dict[str, 
         return row
     ratio = metrics.ln_ppl_ratio(nll, reference["nll"])
     row["ln_ppl_ratio_vs_reference"], row["ln_ppl_ratio_se"] = ratio
+    row["delta_ppl"], row["delta_ppl_se"] = metrics.perplexity_difference(nll, reference["nll"])
     if "kld" not in values:
         return row
     interval = mean_interval(nll - reference["nll"])
@@ -150,7 +152,7 @@ QUALITY_COLUMNS = (
     *("ppl", "ppl_se", "n_windows", "n_scored", "ln_ppl_ratio_vs_reference", "ln_ppl_ratio_se"),
     *("ln_ppl_ratio_low", "ln_ppl_ratio_high", "ln_ppl_correlation", "kld_mean", "kld_se", "kld_low", "kld_high"),
     *("kld_median", "kld_p90", "kld_p95", "kld_p99", "kld_p99_9", "kld_max", "same_top", "same_top_se"),
-    *("dp_mean_pct", "dp_rms_pct"),
+    *("delta_ppl", "delta_ppl_se", "dp_mean_pct", "dp_mean_se_pct", "dp_rms_pct", "dp_rms_se_pct"),
     *(f"dp_p{percent}_pct" for percent in (1, 5, 25, 50, 75, 95, 99)),
 )
 

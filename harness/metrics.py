@@ -89,7 +89,13 @@ def probability_change(nll: np.ndarray, nll_reference: np.ndarray) -> dict[str, 
     Mean, root mean square and percentiles, as `llama-perplexity --kl-divergence` prints them.
     """
     delta = 100 * (np.exp(-nll.ravel()) - np.exp(-nll_reference.ravel()))
-    summary = {"dp_mean_pct": float(delta.mean()), "dp_rms_pct": float(np.sqrt((delta**2).mean()))}
+    rms, root_n = float(np.sqrt((delta**2).mean())), math.sqrt(max(1, delta.size - 1))
+    summary = {
+        "dp_mean_pct": float(delta.mean()),
+        "dp_mean_se_pct": float(delta.std()) / root_n,
+        "dp_rms_pct": rms,
+        "dp_rms_se_pct": float((delta**2).std()) / root_n / (2 * rms) if rms else 0.0,
+    }
     for percent in (1, 5, 25, 50, 75, 95, 99):
         summary[f"dp_p{percent}_pct"] = float(np.percentile(delta, percent))
     return summary
@@ -131,6 +137,17 @@ def ln_ppl_ratio(nll: np.ndarray, nll_reference: np.ndarray) -> Estimate:
     difference = nll - nll_reference
     se = float(difference.std()) / math.sqrt(difference.size - 1) if difference.size > 1 else None
     return Estimate(float(difference.mean()), se)
+
+
+def perplexity_difference(nll: np.ndarray, nll_reference: np.ndarray) -> Estimate:
+    """ppl - ppl of the reference, and its paired standard error with tokens as independent.
+
+    Both float64 of one shape, nats. Delta method: the error of exp(a) - exp(b) for means a and b of paired values.
+    """
+    a, b = math.exp(nll.mean()), math.exp(nll_reference.mean())
+    if nll.size < 2:
+        return Estimate(a - b, None)
+    return Estimate(a - b, float((a * nll - b * nll_reference).std()) / math.sqrt(nll.size - 1))
 
 
 def shared_ngram_share(evaluation: np.ndarray, calibration: np.ndarray, n: int = 13) -> float | None:

@@ -13,7 +13,7 @@ _OTHER_STYLES = (("#009E73", "s"), ("#CC79A7", "D"), ("#E69F00", "v"))
 _MIB = 1 << 20
 
 
-def plot_tradeoff(runs: pd.DataFrame, title: str, path: Path) -> None:
+def plot_tradeoff(runs: pd.DataFrame, title: str, path: Path, kind: str = "png") -> None:
     """Perplexity against file size, with one standard error; an arrow leads from standard to the other mode."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
@@ -70,12 +70,13 @@ def plot_tradeoff(runs: pd.DataFrame, title: str, path: Path) -> None:
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, format="png")
+    figure.savefig(path, format=kind)
 
 
-def plot_layers(layers: pd.DataFrame, title: str, path: Path) -> None:
+def plot_layers(layers: pd.DataFrame, title: str, path: Path, kind: str = "png") -> None:
     """Relative error of the hidden state after each layer, with its interval; one panel a quant, one line a mode."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     quants = list(dict.fromkeys(layers.quant))
     n_columns = min(3, len(quants))
@@ -95,13 +96,14 @@ def plot_layers(layers: pd.DataFrame, title: str, path: Path) -> None:
             axes.fill_between(x, rows.error_low.astype(float), rows.error_high.astype(float), color=colour, alpha=0.2)
         axes.set_title(str(quant).upper(), fontsize=10)
         axes.set_xlabel("layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     for axes in panels[len(quants) :]:
         axes.set_visible(False)
     figure.supylabel("relative error, |variant - reference| / |reference|", fontsize=9)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, format="png")
+    figure.savefig(path, format=kind)
 
 
 def _plain_log_ticks(axes: object) -> None:

@@ -39,6 +39,15 @@ COMPARABLE = (
     "versions.llama_cpp_python",
 )
 
+# Rows that differ in these were still measured on the same tokens against the same reference.
+MAY_DIFFER = (
+    "calibration.id",
+    "settings.ubatch_tokens",
+    "settings.flash_attention",
+    "settings.threads",
+    "versions.llama_cpp_python",
+)
+
 
 @dataclass(frozen=True)
 class Record:

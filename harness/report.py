@@ -1,10 +1,11 @@
-"""Records -> tables. Reads records only; runs without llama.cpp."""
+"""Records -> tables, plots and a page. Reads records only; runs without llama.cpp."""
 
 import json
 import math
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,24 @@ import pandas as pd
 from harness import checks
 from harness.compare import difference
 from harness.errors import UserError
+from harness.formats import WIDTH, html_table, latex, markdown
 from harness.frames import attribution_frame, comparison_frame, in_order, measured_cases, percent_change, runs_frame
+from harness.page import page
 from harness.pass_frames import layers_frame, llama_bench, speed_frame
-from harness.passes import known_speed, read_speed
+from harness.passes import read_speed
 from harness.plots import plot_layers, plot_tradeoff
 from harness.record import Record, first_difference, read_records, unreadable_records
 from harness.stats import MIN_BLOCKS, Interval
 from harness.store import write_atomic, write_text
+from harness.summary import key_improvements, tradeoffs
 from harness.tables import (
-    WIDTH,
+    Table,
     attribution_table,
+    board_table,
     card_table,
     case_table,
+    divergence_table,
+    file_table,
     layer_table,
     llama_bench_table,
     percent,
@@ -55,26 +62,84 @@ class Report:
     paths: tuple[Path, ...]
 
 
-def write_report(folder: Path, wanted: Collection[str] = (), allow_different: Collection[str] = ()) -> Report:
-    """Tables and plot of all records in a sweep's folder, written beside them. Of two records with one name the one
-    whose key is `wanted` counts, else the newer.
+@dataclass(frozen=True)
+class Results:
+    """Everything that a report shows, as data frames; made from records alone."""
 
-    Raises UserError when the records may not stand in one table.
+    measured: tuple[Record, ...]
+    runs: pd.DataFrame
+    comparison: pd.DataFrame
+    attribution: pd.DataFrame
+    speed: pd.DataFrame
+    layers: pd.DataFrame
+    bench: list[dict[str, Any]]
+    findings: dict[str, list[dict[str, Any]]]
+
+    @property
+    def title(self) -> str:
+        """Model and prompt set."""
+        if not self.measured:
+            return "nothing was measured"
+        data = self.measured[0].data
+        prompts = data["prompt_set"]
+        return (
+            f"{data['reference']['name']} on {prompts['name']}: {prompts['n_windows']} windows of "
+            f"{prompts['window_tokens']} tokens, {data['settings']['threads']} threads"
+        )
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """The tables that have rows, by name."""
+        tables = {}
+        parts = set(self.attribution.name) if len(self.attribution) else set()  # they have a table of their own
+        if len(self.comparison):
+            tables["card"] = card_table(self.comparison[~self.comparison.dg_name.isin(parts)])
+            tables["cases"] = case_table(self.runs[~self.runs.name.isin(parts)])
+        if parts:
+            tables["attribution"] = attribution_table(self.attribution)
+        if len(self.speed):
+            tables["speed"] = speed_table(self.speed)
+        if len(self.layers):
+            tables["layers"] = layer_table(self.layers)
+        return tables
+
+    @property
+    def more_tables(self) -> dict[str, Table]:
+        """The same figures in the columns of others, for `report`."""
+        tables = {
+            "board": board_table(self.runs),
+            "divergence": divergence_table(self.runs),
+            "files": file_table(self.runs),
+        }
+        return {name: table for name, table in tables.items() if table.rows}
+
+
+def load_results(
+    folders: Sequence[Path], wanted: Collection[str] = (), allow_different: Collection[str] = ()
+) -> Results:
+    """All records of one or several sweeps. Of two records with one name the one whose key is `wanted` counts, else
+    the newer.
+
+    Raises UserError when there is none, or they may not stand in one table.
     """
-    records = read_records(folder, wanted)
-    problems = unreadable_records(folder)
+    found = {record.label: record for folder in folders for record in read_records(folder, wanted)}
+    records = list(found.values())
+    problems = [problem for folder in folders for problem in unreadable_records(folder)]
     if not records:
-        raise UserError(problems[0] if problems else f"{folder} holds no records: run a sweep into it first")
-    measured = [record for record in records if record.ok]
+        where = ", ".join(map(str, folders))
+        raise UserError(problems[0] if problems else f"{where} holds no records: run a sweep into it first")
+    measured = in_order(record for record in records if record.ok)
     unlike = first_difference((record.data for record in measured), allow_different)
     if unlike:
         name, one, other = unlike
-        raise UserError(f"{folder} holds records that differ in {name} ({one} and {other}): they make no one table")
-    passes, timings = read_speed(folder), known_speed(folder)
+        where = " and ".join(map(str, folders))
+        raise UserError(f"{where} holds records that differ in {name} ({one} and {other}): they make no one table")
+    passes = [one for folder in folders for one in read_speed(folder)]
+    timings = {key: timing for one in passes for key, timing in one.cases.items()}
     runs = runs_frame(records, timings)
-    table = comparison_frame(runs, measured)
-    speed, layers = speed_frame(in_order(measured), timings), layers_frame(in_order(measured))
-    findings = collect_findings(table, measured)
+    comparison = comparison_frame(runs, measured)
+    speed = speed_frame(measured, timings)
+    findings = collect_findings(comparison, measured)
     findings["all"] += [
         finding.to_json()
         for finding in (
@@ -83,35 +148,139 @@ def write_report(folder: Path, wanted: Collection[str] = (), allow_different: Co
             *checks.unreadable_findings(problems),
         )
     ]
-    text = _table_text(runs, table, measured, findings, speed, layers)
-    written: list[Path] = []
+    return Results(
+        tuple(measured),
+        runs,
+        comparison,
+        attribution_frame(measured),
+        speed,
+        layers_frame(measured),
+        llama_bench(measured, passes),
+        findings,
+    )
 
-    def put(name: str, content: str) -> None:
-        write_text(folder / name, content)
-        written.append(folder / name)
 
-    def draw(name: str, plot: Callable[[Path], None]) -> None:
-        write_atomic(folder / name, plot)
-        written.append(folder / name)
+def write_report(folder: Path, wanted: Collection[str] = (), allow_different: Collection[str] = ()) -> Report:
+    """Tables and plots of all records in a sweep's folder, written beside them. Raises UserError as `load_results`."""
+    results = load_results([folder], wanted, allow_different)
+    written = _Written(folder)
+    text = _table_text(results)
+    written.text("runs.csv", _runs_csv(results.runs))
+    written.text("table.csv", results.comparison.to_csv(index=False))
+    written.text("table.md", text)
+    written.text("findings.json", json.dumps(results.findings, indent=1) + "\n")
+    if len(results.speed):
+        written.text("speed.csv", results.speed.to_csv(index=False))
+        written.text("llama_bench.json", json.dumps(results.bench, indent=1) + "\n")
+        written.text("llama_bench.md", markdown(llama_bench_table(results.bench)) + "\n")
+    if len(results.layers):
+        written.text("layers.csv", results.layers.to_csv(index=False))
+    _draw(results, written, ("png",))
+    return Report(text, tuple(written.paths))
 
-    put("runs.csv", runs.astype(dict.fromkeys(WHOLE_COLUMNS, "Int64")).to_csv(index=False))
-    put("table.csv", table.to_csv(index=False))
-    put("table.md", text)
-    put("findings.json", json.dumps(findings, indent=1) + "\n")
-    if len(speed):
-        bench = llama_bench(in_order(measured), passes)
-        put("speed.csv", speed.to_csv(index=False))
-        put("llama_bench.json", json.dumps(bench, indent=1) + "\n")
-        put("llama_bench.md", llama_bench_table(bench) + "\n")
-    if measured:
-        reference, prompts = measured[0].data["reference"]["name"], measured[0].data["prompt_set"]["name"]
-        title = f"{reference} on {prompts}; bars are one standard error of the tokens"
-        draw("tradeoff.png", lambda path: plot_tradeoff(runs[runs.status == "ok"], title, path))
-    if len(layers):
-        put("layers.csv", layers.to_csv(index=False))
-        title = f"{reference} on {prompts}: error of the hidden state; bands are 95 % intervals"
-        draw("layers.png", lambda path: plot_layers(layers[layers.layer != "mean"], title, path))
-    return Report(text, tuple(written))
+
+def write_full_report(results: Results, folder: Path) -> Report:
+    """Every table in every format, the plots, and one page with all of it. For `python -m harness report`."""
+    written = _Written(folder)
+    text = _table_text(results)
+    tables = {**results.tables, **results.more_tables}
+    written.text("table.md", text)
+    written.text("findings.json", json.dumps(results.findings, indent=1) + "\n")
+    for name, table in tables.items():
+        written.text(f"{name}.md", markdown(table) + "\n")
+        written.text(f"{name}.html", html_table(table) + "\n")
+        written.text(f"{name}.tex", latex(table) + "\n")
+    frames = {"runs": results.runs, "table": results.comparison, "speed": results.speed, "layers": results.layers}
+    for name, frame in frames.items():
+        if len(frame):
+            written.text(f"{name}.csv", _runs_csv(frame) if name == "runs" else frame.to_csv(index=False))
+            written.file(f"{name}.parquet", partial(frame.to_parquet, index=False))
+    _draw(results, written, ("png", "svg"))
+    pictures = [path for path in written.paths if path.suffix == ".png"]
+    summary = [*key_improvements(results.comparison), *tradeoffs(results.comparison, results.runs, results.speed)]
+    facts = _facts(results)
+    written.text("report.html", page(results.title, summary, list(tables.values()), pictures, _flat(results), facts))
+    return Report(text, tuple(written.paths))
+
+
+class _Written:
+    """Writes files into one folder, atomically, and remembers them in order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.paths: list[Path] = []
+
+    def text(self, name: str, content: str) -> None:
+        write_text(self.folder / name, content)
+        self.paths.append(self.folder / name)
+
+    def file(self, name: str, write: Callable[[Path], object]) -> None:
+        write_atomic(self.folder / name, write)
+        self.paths.append(self.folder / name)
+
+
+def _runs_csv(runs: pd.DataFrame) -> str:
+    return runs.astype(dict.fromkeys(WHOLE_COLUMNS, "Int64")).to_csv(index=False)
+
+
+def _draw(results: Results, written: _Written, formats: Sequence[str]) -> None:
+    if not results.measured:
+        return
+    name = results.title.split(":")[0]
+    good = results.runs[results.runs.status == "ok"]
+    title = f"{name}; bars are one standard error of the tokens"
+    title_layers = f"{name}: error of the hidden state; bands are 95 % intervals"
+    for kind in formats:
+        written.file(f"tradeoff.{kind}", partial(plot_tradeoff, good, title, kind=kind))
+        if len(results.layers):
+            rows = results.layers[results.layers.layer != "mean"]
+            written.file(f"layers.{kind}", partial(plot_layers, rows, title_layers, kind=kind))
+
+
+def _facts(results: Results) -> dict[str, dict[str, Any]]:
+    """Settings, method and machine for the page."""
+    if not results.measured:
+        return {}
+    data = results.measured[0].data
+    reference, environment = data["reference"], data["environment"]
+    return {
+        "Method": {
+            "PPL": "exp(mean nll) over the second half of each window, as llama-perplexity -c 2048",
+            "KLD": "KL(reference || variant) over the whole vocabulary, per scored token, nats",
+            "[a, b]": "95 % interval of a paired difference, studentized bootstrap over blocks of tokens",
+            "equal size": "against the two standard files around it, interpolated in bytes on the same tokens",
+        },
+        "Settings": {
+            "reference": f"{reference['name']} {reference['file_type']}",
+            "sha256 of its source": reference["source_sha256"],
+            "prompt set": data["prompt_set"]["id"],
+            **data["settings"],
+            **{f"version of {name}": value for name, value in data["versions"].items()},
+        },
+        "Machine": {
+            name: environment.get(name)
+            for name in (
+                "cpu",
+                "cores_physical",
+                "memory_bytes",
+                "platform",
+                "python",
+                "harness",
+                "commit",
+                "system_info",
+            )
+        },
+    }
+
+
+def _flat(results: Results) -> list[dict[str, Any]]:
+    """Findings one by one, with the cases that share them."""
+    by_what: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, findings in results.findings.items():
+        for finding in findings:
+            entry = by_what.setdefault((finding["kind"], finding["what"]), {**finding, "cases": []})
+            entry["cases"].append(name)
+    return [{**entry, "cases": ", ".join(entry["cases"])} for entry in by_what.values()]
 
 
 def comparison_text(a: Record, b: Record, allow_different: Collection[str] = ()) -> str:
@@ -173,45 +342,27 @@ def _resolution(interval: Interval, n_windows: int) -> list[str]:
     return lines
 
 
-def _table_text(
-    runs: pd.DataFrame,
-    table: pd.DataFrame,
-    measured: Sequence[Record],
-    findings: Mapping[str, Sequence[Mapping[str, Any]]],
-    speed: pd.DataFrame,
-    layers: pd.DataFrame,
-) -> str:
+def _table_text(results: Results) -> str:
     lines = []
-    if measured:
-        data = measured[0].data
-        prompts, reference = data["prompt_set"], data["reference"]
-        lines.append(
-            f"{reference['name']} on {prompts['name']}: {prompts['n_windows']} windows of {prompts['window_tokens']} "
-            f"tokens, {data['settings']['threads']} threads"
-        )
-        for row in runs[(runs["mode"] == "reference") & (runs.status == "ok")].to_dict("records"):
+    if results.measured:
+        reference = results.measured[0].data["reference"]
+        lines.append(results.title)
+        good = results.runs[(results.runs["mode"] == "reference") & (results.runs.status == "ok")]
+        for row in good.to_dict("records"):
             kind = (reference["file_type"] or "").upper()
             lines.append(
                 f"Reference {kind}: PPL {plus_minus(row['ppl'], row['ppl_se'])}, {size(row['file_bytes'])}, "
                 f"{seconds(row['pass_s'])}"
             )
         lines.append("")
-    if len(table):
-        attribution = attribution_frame(measured)
-        parts = set(attribution.name) if len(attribution) else set()  # they have a table of their own
-        lines += [card_table(table[~table.dg_name.isin(parts)]), "", case_table(runs[~runs.name.isin(parts)]), ""]
-        if len(attribution):
-            lines += [attribution_table(attribution), ""]
-    if len(speed):
-        lines += [speed_table(speed), ""]
-    if len(layers):
-        lines += [layer_table(layers), ""]
-    if len(table):
+    for table in results.tables.values():
+        lines += [markdown(table), ""]
+    if results.tables:
         lines += _KEY
-    notes = _notes(findings)
+    notes = _notes(results.findings)
     if notes:
         lines += ["", *notes]
-    for row in runs[runs.status != "ok"].to_dict("records"):
+    for row in results.runs[results.runs.status != "ok"].to_dict("records"):
         lines += ["", f"FAILED: {row['quant']} {row['mode']}; its record tells why"]
     return "\n".join(lines) + "\n"
 

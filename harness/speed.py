@@ -21,6 +21,8 @@ from harness.record import utc_now
 from harness.store import key_of
 from harness.sweep import Case, Sweep
 
+UBATCH_TOKENS = 512  # llama-bench's default
+
 
 def measure_speed(sweep: Sweep, environment: dict[str, Any], display: ProgressDisplay) -> list[str]:
     """Time the cases that have no timing yet, and the reference beside them. Returns one line for what failed."""
@@ -59,7 +61,7 @@ def _time(sweep: Sweep, cases: Sequence[Case], environment: dict[str, Any], disp
             window,
             rounds=measure.speed_rounds,
             generate_tokens=measure.generate_tokens,
-            ubatch_tokens=measure.ubatch_tokens,
+            ubatch_tokens=UBATCH_TOKENS,
             flash_attention=measure.flash_attention,
             n_threads=sweep.n_threads,
             log_path=sweep.cache.path("logs", "speed", ".log"),
@@ -69,7 +71,7 @@ def _time(sweep: Sweep, cases: Sequence[Case], environment: dict[str, Any], disp
         "rounds": measure.speed_rounds,
         "prompt_tokens": len(window),
         "generate_tokens": measure.generate_tokens,
-        "ubatch_tokens": measure.ubatch_tokens,
+        "ubatch_tokens": UBATCH_TOKENS,
         "flash_attention": measure.flash_attention,
         "threads": sweep.n_threads,
     }

@@ -1,7 +1,8 @@
-"""Tables for reading: Markdown that is aligned for a terminal too, from data frames that hold the numbers."""
+"""Data frames -> the cells of the tables that people read. `harness.formats` writes them as Markdown, HTML, LaTeX."""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -23,13 +24,24 @@ CASE_COLUMNS = ("Case", "Size", "bpw", "PPL", "Mean KLD", "Same top", "At equal 
 ATTRIBUTION_COLUMNS = ("Rule left out", "It costs", "It saves, ln PPL", "It saves, KLD", "ln PPL per MiB")
 SPEED_COLUMNS = ("Case", "Load", "Prompt, tokens/s", "Change", "Generation, tokens/s", "Change")
 LAYER_COLUMNS = ("Case", "Last layer", "Change", "Mean over layers", "Change")
-WIDTH = 118
+BOARD_COLUMNS = ("Quantization", "Size", "PPL", "ΔPPL", "KLD", "Mean Δp", "RMS Δp")
+DIVERGENCE_COLUMNS = ("Case", "bpw", "KLD median", "KLD 99%", "Other top token", "ln(PPL/PPL of reference)")
+FILE_COLUMNS = ("File", "Type", "Size", "bpw", "PPL", "Mean KLD", "Recommendation")
 _ABSENT = "-"
 
 
-def card_table(table: pd.DataFrame) -> str:
+@dataclass(frozen=True)
+class Table:
+    """A table as text: a title, the header, and rows of as many cells."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def card_table(table: pd.DataFrame) -> Table:
     """The model card's table: standard beside the other mode. Cells are rounded, not cut."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             _quant_label(row),
             plus_minus(row["std_ppl"], row["std_ppl_se"]),
@@ -37,18 +49,18 @@ def card_table(table: pd.DataFrame) -> str:
             percent(row["delta_ppl_pct"], row["delta_ppl_pct_low"], row["delta_ppl_pct_high"]),
             size(row["std_bytes"]),
             size(row["dg_bytes"]),
-            size(row["delta_bytes"], signed=True),
+            size(row["delta_bytes"], signed=True, like=row["std_bytes"]),
             seconds(row["std_speed_s"]),
             seconds(row["dg_speed_s"]),
         )
         for row in table.to_dict("records")
     ]
-    return _markdown([TABLE_COLUMNS, *rows])
+    return Table("Standard and DynamicGate", TABLE_COLUMNS, rows)
 
 
-def case_table(runs: pd.DataFrame) -> str:
+def case_table(runs: pd.DataFrame) -> Table:
     """Every case by itself: size, perplexity, divergence, and how it stands at equal size."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             row["name"] + ("" if row["on_front"] is not True else " *"),
             size(row["file_bytes"]),
@@ -59,19 +71,83 @@ def case_table(runs: pd.DataFrame) -> str:
             _verdict_cell(row),
             row["vs_placebo"] or _ABSENT,
         )
-        for row in runs[runs.status == "ok"].astype(object).where(runs.notna(), None).to_dict("records")
+        for row in _good(runs)
     ]
-    return _markdown([CASE_COLUMNS, *rows])
+    return Table("Every file by itself", CASE_COLUMNS, rows)
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it reads in a terminal as well, and without spaces at the bars where it would be
-    too wide for one. The first row is the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    space = " " if sum(widths) + 3 * len(widths) + 1 <= WIDTH + 2 else ""
-    bar = f"{space}|{space}"
-    return "\n".join(f"|{space}{bar.join(map(str.ljust, cells, widths))}{space}|" for cells in rows)
+def board_table(runs: pd.DataFrame) -> Table:
+    """The columns of the board in llama-perplexity's documentation, sorted by KLD; ± one standard error."""
+    rows: list[tuple[str, ...]] = []
+    for row in _good(runs[runs["mode"] != "reference"].sort_values("kld_mean", na_position="last")):
+        rows.append(
+            (
+                row["name"],
+                f"{row['file_bytes'] / (1 << 30):.3f} GiB",
+                _signed_error(row["ppl"], row["ppl_se"], "", sign=False),
+                _signed_error(row["delta_ppl"], row["delta_ppl_se"], ""),
+                _signed_error(row["kld_mean"], row["kld_se"], "", sign=False),
+                _signed_error(row["dp_mean_pct"], row["dp_mean_se_pct"], " %"),
+                _signed_error(row["dp_rms_pct"], row["dp_rms_se_pct"], " %", sign=False),
+            )
+        )
+    return Table("Sorted by KL divergence", BOARD_COLUMNS, rows)
+
+
+def divergence_table(runs: pd.DataFrame) -> Table:
+    """Medians and tails of the KL divergence, the columns that Artefact2's comparisons use."""
+    rows: list[tuple[str, ...]] = []
+    for row in _good(runs[runs["mode"] != "reference"]):
+        values = (row["kld_median"], row["kld_p99"], row["ln_ppl_ratio_vs_reference"])
+        median, tail, ratio = (_ABSENT if _is_absent(value) else f"{value:.4f}" for value in values)
+        other = _ABSENT if _is_absent(row["same_top"]) else f"{100 * (1 - row['same_top']):.1f}%"
+        rows.append((row["name"], f"{row['bpw']:.2f}", median, tail, other, ratio))
+    return Table("Tails of the KL divergence", DIVERGENCE_COLUMNS, rows)
+
+
+def file_table(runs: pd.DataFrame) -> Table:
+    """Which file to take, the largest first."""
+    rows: list[tuple[str, ...]] = []
+    for row in _good(runs[runs["mode"] != "reference"].sort_values("file_bytes", ascending=False)):
+        rows.append(
+            (
+                f"{row['name']}.gguf",
+                (row["file_type"] or "").upper(),
+                size(row["file_bytes"]),
+                f"{row['bpw']:.2f}",
+                plus_minus(row["ppl"], row["ppl_se"]),
+                plus_minus(row["kld_mean"], row["kld_se"]),
+                recommendation(row),
+            )
+        )
+    return Table("Files", FILE_COLUMNS, rows)
+
+
+# Mean KLD in nats up to which a file is called so. A convention of this harness, with the figures beside it.
+_LEVELS = ((0.01, "hard to tell from the reference"), (0.05, "small loss"), (0.2, "loss that shows"))
+
+
+def recommendation(row: Mapping[Any, Any]) -> str:
+    """What the measured figures say for a file: another one to take instead, or how much it loses."""
+    if isinstance(row["dominated_by"], str):
+        return f"take {row['dominated_by']}: no larger, and better"
+    if _is_absent(row["kld_mean"]):
+        return "not compared with the reference"
+    return next(
+        (word for limit, word in _LEVELS if row["kld_mean"] <= limit), "large loss: only when no larger file fits"
+    )
+
+
+def _good(runs: pd.DataFrame) -> list[dict[Any, Any]]:
+    """Measured rows, absent numbers as None."""
+    good = runs[runs.status == "ok"]
+    return good.astype(object).where(good.notna(), None).to_dict("records")
+
+
+def _signed_error(value: float | None, se: float | None, unit: str, *, sign: bool = True) -> str:
+    if value is None or _is_absent(value):
+        return _ABSENT
+    return f"{value:{'+' if sign else ''}.6f}" + ("" if se is None or _is_absent(se) else f" ± {se:.6f}") + unit
 
 
 def _between(value: float, low: float | None, high: float | None) -> str:
@@ -102,12 +178,13 @@ def percent(value: float | None, low: float | None, high: float | None) -> str:
     return f"{value:+.1f}%" + ("" if _is_absent(low) or _is_absent(high) else f" [{low:+.1f}, {high:+.1f}]")
 
 
-def size(n_bytes: float | None, *, signed: bool = False) -> str:
-    """'2.5G' or '93.6M': binary units, as `ls -lh` has them."""
+def size(n_bytes: float | None, *, signed: bool = False, like: float | None = None) -> str:
+    """'2.5G' or '93.6M': binary units, as `ls -lh` has them. `like`: in the unit that this many bytes would have."""
     if _is_absent(n_bytes):
         return _ABSENT
     assert n_bytes is not None
-    unit, scale = ("G", 1 << 30) if round(abs(n_bytes) / (1 << 20), 1) >= 1024 else ("M", 1 << 20)
+    extent = abs(n_bytes) if like is None or _is_absent(like) else like
+    unit, scale = ("G", 1 << 30) if round(extent / (1 << 20), 1) >= 1024 else ("M", 1 << 20)
     return f"{n_bytes / scale:{'+' if signed else ''}.1f}{unit}"
 
 
@@ -118,9 +195,9 @@ def seconds(value: float | None) -> str:
     return f"{value:.0f}s" if value is not None and value >= 100 else f"{value:.1f}s"
 
 
-def attribution_table(rows: pd.DataFrame) -> str:
+def attribution_table(rows: pd.DataFrame) -> Table:
     """What each rule of a policy saves, and for how many bytes."""
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for row in rows.to_dict("records"):
         mib = row["cost_bytes"] / (1 << 20)
         per_mib = row["saved_ln_ppl"] / mib if mib > 0 else None
@@ -133,12 +210,12 @@ def attribution_table(rows: pd.DataFrame) -> str:
                 _ABSENT if per_mib is None else f"{per_mib:+.4f}",
             )
         )
-    return _markdown([ATTRIBUTION_COLUMNS, *cells])
+    return Table("What each rule saves", ATTRIBUTION_COLUMNS, cells)
 
 
-def speed_table(rows: pd.DataFrame) -> str:
+def speed_table(rows: pd.DataFrame) -> Table:
     """Speeds of the timing pass: medians with their spread, change against standard with its interval."""
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for row in rows.to_dict("records"):
         line = [row["name"], seconds(row["warm_load_s"])]
         for step in ("prompt", "generate"):
@@ -146,31 +223,31 @@ def speed_table(rows: pd.DataFrame) -> str:
             line.append(f"{row[f'{step}_tokens_per_s']:.1f} (spread {100 * row[f'{step}_spread']:.1f}%)")
             line.append(percent(*(row[name] for name in names)))
         cells.append(tuple(line))
-    return _markdown([SPEED_COLUMNS, *cells])
+    return Table("Speed", SPEED_COLUMNS, cells)
 
 
-def layer_table(rows: pd.DataFrame) -> str:
+def layer_table(rows: pd.DataFrame) -> Table:
     """Relative error of the hidden state after the last layer and averaged over the depth."""
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for name, of_case in rows.groupby("name", sort=False):
         line = [str(name)]
         for row in (of_case.iloc[-2], of_case.iloc[-1]):
             line.append(f"{row['error']:.4f}")
             line.append(percent(row["delta_pct"], row["delta_pct_low"], row["delta_pct_high"]))
         cells.append(tuple(line))
-    return _markdown([LAYER_COLUMNS, *cells])
+    return Table("Error of the hidden state", LAYER_COLUMNS, cells)
 
 
-def llama_bench_table(tests: Sequence[Mapping[str, Any]]) -> str:
+def llama_bench_table(tests: Sequence[Mapping[str, Any]]) -> Table:
     """The columns of `llama-bench -o md`, from its JSON fields."""
     header = ("model", "size", "params", "backend", "threads", "test", "t/s")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for test in tests:
         kind = f"pp{test['n_prompt']}" if test["n_prompt"] else f"tg{test['n_gen']}"
         n_bytes, params = f"{test['model_size'] / (1 << 20):.2f} MiB", f"{test['model_n_params'] / 1e6:.2f} M"
         speed = f"{test['avg_ts']:.2f} ± {test['stddev_ts']:.2f}"
         rows.append((test["model_type"], n_bytes, params, test["backends"], str(test["n_threads"]), kind, speed))
-    return _markdown([header, *rows])
+    return Table("llama-bench", header, rows)
 
 
 def _quant_label(row: Mapping[Any, Any]) -> str:

@@ -212,7 +212,7 @@ def test_the_kind_of_attention_moves_numbers_and_is_kept_apart(
     sweep = ["sweep", "quant=q8_0", "mode=standard", *tiny_overrides, "calibration.enabled=false"]
     assert cli(*sweep)[0] == 0
     settings = read_records(tmp_path / "results" / "tiny")[0].data["settings"]
-    assert settings == {"first_scored": 65, "ubatch_tokens": 512, "flash_attention": True, "threads": 2}
+    assert settings == {"first_scored": 65, "ubatch_tokens": 128, "flash_attention": True, "threads": 2}
     code, _, err = cli(*sweep, "measure.flash_attention=false")
     assert code == 2 and "settings.flash_attention" in err
     code, _, err = cli(*sweep, "measure.flash_attention=false", "results.allow_different=[prompt_set.id]")

@@ -1,0 +1,63 @@
+"""Tables as Markdown, HTML and LaTeX. Text in, text out; every cell is escaped."""
+
+import html
+from itertools import count
+
+from harness.tables import Table
+
+WIDTH = 118  # of a terminal that has 120 columns
+
+
+def markdown(table: Table) -> str:
+    """Padded so that it reads in a terminal as well, and without spaces at the bars where it would be too wide."""
+    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (table.header, *table.rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows.insert(1, ["-" * width for width in widths])
+    space = " " if sum(widths) + 3 * len(widths) + 1 <= WIDTH + 2 else ""
+    bar = f"{space}|{space}"
+    return "\n".join(f"|{space}{bar.join(map(str.ljust, cells, widths))}{space}|" for cells in rows)
+
+
+def html_table(table: Table) -> str:
+    """A table that the script of `harness.page` sorts by a click on its header."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in table.rows)
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
+
+
+_LATEX = {
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "Δ": r"$\Delta$",
+    "≥": r"$\ge$",
+    "<": r"$<$",
+    ">": r"$>$",
+}
+
+
+def latex(table: Table) -> str:
+    """A booktabs tabular inside a table; wants \\usepackage{booktabs}."""
+
+    def line(cells: tuple[str, ...]) -> str:
+        return " & ".join("".join(_LATEX.get(c, c) for c in cell) for cell in cells) + r" \\"
+
+    columns = "".join("l" if i == 0 else "r" for i, _ in zip(count(), table.header, strict=False))
+    rows = "\n".join(line(row) for row in table.rows)
+    caption = "".join(_LATEX.get(c, c) for c in table.title)
+    return "\n".join(
+        (
+            r"\begin{table}",
+            rf"\caption{{{caption}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            line(table.header),
+            r"\midrule",
+            rows,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        )
+    )

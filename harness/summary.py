@@ -1,0 +1,65 @@
+"""Sentences from tables: what the data shows beyond noise, and no more. Pure."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from harness.tables import size
+
+SIGNIFICANT = 0.05  # of the p value after Holm's adjustment
+
+
+def key_improvements(table: pd.DataFrame) -> list[str]:
+    """One sentence for each row whose perplexity fell beyond noise, the largest fall first."""
+    rows = [row for row in _beyond_noise(table) if row["delta_ppl_pct"] < 0]
+    return [
+        f"{_label(row)}: perplexity {row['std_ppl']:.2f} → {row['dg_ppl']:.2f}, "
+        f"{_percent(row)}, for {size(row['delta_bytes'], signed=True)}"
+        for row in sorted(rows, key=lambda row: row["delta_ppl_pct"])
+    ]
+
+
+def tradeoffs(table: pd.DataFrame, runs: pd.DataFrame, speed: pd.DataFrame) -> list[str]:
+    """What the improvements cost, and what did not improve."""
+    sentences = []
+    rows = [row for row in table.to_dict("records") if not pd.isna(row["delta_ppl_pct"])]
+    if rows:
+        low, high = min(row["delta_bytes"] for row in rows), max(row["delta_bytes"] for row in rows)
+        sizes = [100 * row["delta_bytes"] / row["std_bytes"] for row in rows]
+        sentences.append(
+            f"Sizes change by {size(low, signed=True)} to {size(high, signed=True)} "
+            f"({min(sizes):+.0f}% to {max(sizes):+.0f}%)"
+        )
+    worse = [row for row in _beyond_noise(table) if row["delta_ppl_pct"] > 0]
+    sentences += [f"{_label(row)}: perplexity rises, {_percent(row)}" for row in worse]
+    told = {row["dg_name"] for row in _beyond_noise(table)}
+    noise = [_label(row) for row in rows if row["dg_name"] not in told]
+    if noise:
+        sentences.append(f"Within noise: {', '.join(noise)}")
+    for step, word in (("prompt", "Prompt processing"), ("generate", "Generation")):
+        changes = speed[f"delta_{step}_pct"].dropna() if f"delta_{step}_pct" in speed else pd.Series(dtype=float)
+        if len(changes):
+            sentences.append(f"{word} speed changes by {changes.min():+.1f}% to {changes.max():+.1f}% (measured)")
+    for verdict, words in (("wins", "better"), ("ties", "not better"), ("loses", "worse")):
+        names = runs[(runs.status == "ok") & (runs.verdict == verdict)]["name"]
+        if len(names):
+            sentences.append(f"At equal size {words} than the standard ladder: {', '.join(names)}")
+    return sentences
+
+
+def _beyond_noise(table: pd.DataFrame) -> Sequence[dict[Any, Any]]:
+    if "p_holm" not in table:
+        return []
+    return table[table.p_holm.notna() & (table.p_holm.astype(float) <= SIGNIFICANT)].to_dict("records")
+
+
+def _label(row: dict[Any, Any]) -> str:
+    plain = row["policy"] == row["mode"] == "dynamicgate"
+    return row["quant"].upper() if plain else str(row["dg_name"])
+
+
+def _percent(row: dict[Any, Any]) -> str:
+    low, high = row["delta_ppl_pct_low"], row["delta_ppl_pct_high"]
+    interval = "" if pd.isna(low) or pd.isna(high) else f" [{low:+.1f}, {high:+.1f}]"
+    return f"{row['delta_ppl_pct']:+.1f}%{interval}"
