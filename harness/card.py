@@ -13,7 +13,7 @@ from harness.errors import UserError
 
 MAX_BYTES = 16 << 20
 MAX_LINES = 100_000
-MAX_ROWS = 1000
+MAX_ROWS = 300
 MAX_TABLES = 20
 _MAX_LINE = 4000  # characters; longer lines are no rows of a table that a person reads
 _MAX_COLUMNS = 60
@@ -35,8 +35,10 @@ _MEASURES = {
 _ERROR = {"se", "error", "err", "stderr", "stddev", "sigma", "uncertainty", "plusminus", "errors"}
 _SKIPPED = {"low", "high", "ln", "log", "ratio", "corr", "correlation", "kld", "kl", "min", "max", "rms", "p", "dp"}
 _SKIPPED |= {"spread", "memory", "vram", "load", "id", "key", "n"}
-_LABELS = ("quantization", "quantisation", "quant", "quants", "type", "case", "file", "filename", "name", "format")
-_LABELS += ("variant", "method", "model")
+_LABELS = (
+    *("quantization", "quantisation", "quant", "quants", "type", "case", "file", "filename", "name", "format"),
+    *("variant", "method", "model"),
+)
 _VARIANTS = ("imatrix", "mode", "policy", "calibration")  # columns that tell rows of one type apart
 _UNIT_HINTS = {"gib": "GiB", "gb": "GB", "mib": "MiB", "mb": "MB", "g": "G", "m": "M", "bytes": "B", "pct": "%"}
 _UNIT_HINTS |= {"percent": "%", "seconds": "s", "sec": "s", "s": "s", "tps": "/s"}
@@ -405,6 +407,7 @@ def _column(name: str) -> _Column | None:
         return None
     if measure is None and not all(word in _DELTA | _SIDES[BASE] | _SIDES[OTHER] for word in words):
         return None
+    words += ["percent"] if "%" in name else []
     unit = next((_UNIT_HINTS[word] for word in reversed(words) if word in _UNIT_HINTS), "")
     return _Column(measure or "ppl", side, bool(found & _ERROR), unit, bool(found & _LOSSES))
 

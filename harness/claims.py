@@ -3,11 +3,13 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from harness.card import Figure, Row, Table, parse_figure, printable, quant_type
 from harness.checks import Finding
 
 _MAX_LINE = 600  # characters: a sentence, not a page on one line
+_MAX_SENTENCES = 5000
 _NEAR = 80  # characters between a figure and the word that says what it measures
 
 _NUMBER = r"[+\-−]?\s?\d{1,4}(?:\.\d{1,4})?"
@@ -61,7 +63,7 @@ class _Claim:
 
 def percent_change(base: Figure | None, other: Figure | None) -> Change | None:
     """100 * (other / base - 1), and its range over everything that rounds to the printed figures."""
-    if base is None or other is None or base.unit != other.unit and base.scale == other.scale == 1:
+    if base is None or other is None or (base.unit != other.unit and base.scale == other.scale == 1):
         return None
     a, b = base.scale, other.scale
     if base.value <= base.half:
@@ -88,8 +90,9 @@ def claim_findings(lines: Sequence[str], table: Table) -> list[Finding]:
     if not table.is_pair:
         return []
     findings: list[Finding] = []
-    for line in dict.fromkeys(line.strip() for line in lines):
-        if "|" in line or len(line) > _MAX_LINE or not any(char.isdigit() for char in line):
+    sentences = dict.fromkeys(line.strip() for line in lines if len(line) <= _MAX_LINE and re.search(r"\d", line))
+    for line in islice(sentences, _MAX_SENTENCES):
+        if "|" in line:
             continue
         rows = _rows_named(line, table)
         if rows is not None and not _OTHER_BASE.search(line):
@@ -109,7 +112,8 @@ def _claims(pattern: re.Pattern[str], line: str) -> Iterator[tuple[re.Match[str]
     for match in pattern.finditer(line):
         unit = match.groupdict().get("unit") or "%"
         low, high = (parse_figure(f"{match[name].replace(' ', '')}{unit}") if match[name] else None for name in "ab")
-        before = line[max(0, match.start() - 1) : match.start()]
+        start = match.end("a") - len(match["a"].lstrip())
+        before = line[max(0, start - 1) : start]
         if low is None or before.isalnum() or before in (".", "_"):
             continue
         word = (match["bound"] or "").lower()
