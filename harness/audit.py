@@ -25,7 +25,7 @@ _FEW_DIGITS = 3
 _UNEVEN = 1.25  # ratio to a board that changes by more than this from type to type is no mere change of text
 
 BOARD, PUBLISHED_CARD = "llamacpp_llama3_8b.csv", "dynamicgate_card_llama3_8b.csv"
-_BOARD_MODEL = re.compile(r"(?<![A-Za-z0-9.])llama[-_ ]?3[-_ ]?8b(?![a-z0-9.])", re.IGNORECASE)
+_BOARD_MODEL = re.compile(r"(?<![A-Za-z0-9.])llama[-_ ]?3[-_ ]?8b(?![a-z0-9]|\.\d)", re.IGNORECASE)
 _INSTRUCT = re.compile(r"llama[-_ ]?3[-_ ]?8b[-_ ](?:instruct|it)\b", re.IGNORECASE)
 _N_PARAMS = re.compile(r"(?<=[A-Za-z0-9][-_ ])(\d{1,4}(?:\.\d{1,2})?)b(?![a-z0-9])", re.IGNORECASE)
 _CONTEXT_LINES = 40
@@ -94,12 +94,13 @@ def delta_findings(table: Table) -> list[Finding]:
     """Printed differences that the printed figures do not give; those cut instead of rounded apart from wrong ones."""
     cut, wrong = [], []
     for row in table.rows:
-        for measure, printed in row.deltas.items():
-            change = _right_delta(row, measure, printed)
+        for measure, as_printed in row.deltas.items():
+            change = _right_delta(row, measure, as_printed)
             if change is None:
                 continue
-            if measure in table.unsigned:  # a 'reduction' may be written with either sign
-                printed = replace(printed, value=math.copysign(printed.value, change.value))
+            # A 'reduction' may be written with either sign.
+            signless = math.copysign(as_printed.value, change.value)
+            printed = replace(as_printed, value=signless) if measure in table.unsigned else as_printed
             step = 2 * printed.half
             if abs(printed.value - change.value) <= printed.half * (1 + 1e-6):  # a last 5 may go either way
                 continue

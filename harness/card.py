@@ -184,7 +184,8 @@ def read_tables(text: str, *, is_csv: bool = False) -> list[Table]:
     tables: list[Table] = []
     seen: list[_Grid] = []
     for grid in grids:
-        seen = seen or [grid]
+        if not seen or len(seen[0].header) < 2:
+            seen = [grid]
         table = _table(grid)
         if table is None or any(table.line in (one.line, *one.repeated_at) for one in tables):
             continue
@@ -353,13 +354,13 @@ def _seen(grids: Sequence[_Grid]) -> str:
 
 def _table(grid: _Grid) -> Table | None:
     """The comparison in a grid, or None when it is a table about something else."""
-    if len(grid.rows) > MAX_ROWS:
-        raise UserError(f"the table at line {grid.line} has more than {MAX_ROWS} rows")
     columns = _columns(grid.header)
     label = _label_column(grid, columns)
     sides = {one.side for one in columns.values() if one.measure == "ppl" and not one.is_error} & {"", BASE, OTHER}
     if label is None or not sides:
         return None
+    if len(grid.rows) > MAX_ROWS:
+        raise UserError(f"the table at line {grid.line} has more than {MAX_ROWS} rows")
     is_pair = {BASE, OTHER} <= sides
     if not is_pair:  # a plain board, whatever its one column of perplexities is called
         only = BASE if BASE in sides else OTHER if OTHER in sides else ""
