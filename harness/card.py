@@ -13,8 +13,8 @@ from harness.errors import UserError
 
 MAX_BYTES = 16 << 20
 MAX_LINES = 100_000
-MAX_ROWS = 300
-MAX_TABLES = 20
+MAX_ROWS = 200
+MAX_TABLES = 8
 _MAX_LINE = 4000  # characters; longer lines are no rows of a table that a person reads
 _MAX_COLUMNS = 60
 _MAX_CELL = 200
@@ -178,7 +178,7 @@ def read_text(path: Path) -> str:
 
 
 def read_tables(text: str, *, is_csv: bool = False) -> list[Table]:
-    """Every comparison in a text, each once. Raises UserError when there is none."""
+    """The first MAX_TABLES comparisons in a text, each once. Raises UserError when there is none."""
     lines = text_lines(text)
     grids = _csv_grids(lines) if is_csv else chain(_pipe_grids(lines), _blank_grids(lines), _csv_grids(lines))
     tables: list[Table] = []

@@ -9,7 +9,9 @@ from harness.card import Figure, Row, Table, parse_figure, printable, quant_type
 from harness.checks import Finding
 
 _MAX_LINE = 600  # characters: a sentence, not a page on one line
-_MAX_SENTENCES = 5000
+_MAX_SENTENCES = 2000
+_MAX_FIGURES = 8  # in one sentence
+_MAX_FINDINGS = 40
 _NEAR = 80  # characters between a figure and the word that says what it measures
 
 _NUMBER = r"[+\-−]?\s?\d{1,4}(?:\.\d{1,4})?"
@@ -94,6 +96,8 @@ def claim_findings(lines: Sequence[str], table: Table) -> list[Finding]:
     for line in islice(sentences, _MAX_SENTENCES):
         if "|" in line:
             continue
+        if len(findings) >= _MAX_FINDINGS:
+            break
         rows = _rows_named(line, table)
         if rows is not None and not _OTHER_BASE.search(line):
             findings += _percent_findings(line, rows, table)
@@ -109,7 +113,7 @@ def _rows_named(line: str, table: Table) -> list[Row] | None:
 
 
 def _claims(pattern: re.Pattern[str], line: str) -> Iterator[tuple[re.Match[str], _Claim]]:
-    for match in pattern.finditer(line):
+    for match in islice(pattern.finditer(line), _MAX_FIGURES):
         unit = match.groupdict().get("unit") or "%"
         low, high = (parse_figure(f"{match[name].replace(' ', '')}{unit}") if match[name] else None for name in "ab")
         start = match.end("a") - len(match["a"].lstrip())
