@@ -22,6 +22,7 @@ verbs
   plan     show the type of every tensor, the file's bytes and the time, and do nothing
   compare  two measured cases on the same tokens: difference, interval, what this much text can resolve
   report   tables in all formats, plots and one page from finished sweeps, without llama.cpp: report results=DIR
+  audit    a published table in a model card or CSV: what is wrong, missing, or lost at equal size
   doctor   show versions, CPU features, memory, disk, cache, and whether the default inputs can be had
 
 overrides that matter (any value may be a list a,b,c; `python -m harness sweep --help` shows all groups)
@@ -40,9 +41,19 @@ examples
   python -m harness sweep quant=iq1_m,iq2_s
   python -m harness plan quant=iq1_m mode=dynamicgate        (--json for programs)
   python -m harness compare iq1_m-dynamicgate iq1_m-standard
+  python -m harness audit CARD.md                            (or TABLE.csv; --json for programs)
   python -m harness sweep model.path=my-f16.gguf quant=iq2_xs,iq2_s,q2_k prompts.n_windows=16
 
 exit codes: 0 done, 1 a case failed, 2 bad input, 130 stopped (the same command goes on where it was)
+"""
+
+AUDIT_HELP = """usage: python -m harness audit CARD.md|TABLE.csv [--json]
+
+Reads the comparison tables (type, perplexity, size, speed) of a model card or a CSV file, recomputes what can be
+recomputed, and prints what is wrong, what is missing, what a standard file of the same size would beat, and which
+sentences of the card its table contradicts. A table about Llama 3 8B is also compared with published boards.
+
+exit codes: 0 read, whatever was found; 2 no file, or no such table in it
 """
 
 GROUPS = ("model", "prompts", "calibration", "quant", "mode", "policy", "measure", "runtime")
@@ -60,7 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb, *rest = arguments
     from harness.errors import EngineError, UserError, nearest
 
-    verbs = {"sweep": _sweep, "plan": _plan, "compare": _compare, "report": _report, "doctor": _doctor}
+    verbs = {
+        "sweep": _sweep,
+        "plan": _plan,
+        "compare": _compare,
+        "report": _report,
+        "audit": _audit,
+        "doctor": _doctor,
+    }
     signal.signal(signal.SIGTERM, _stop)
     try:
         if verb not in verbs:
@@ -266,6 +284,23 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
+def _audit(arguments: list[str]) -> int:
+    from harness.audit import audit, audit_json, audit_text_view
+
+    names = [argument for argument in arguments if argument != "--json"]
+    if len(names) != 1 or names[0].startswith("-"):
+        raise _user_error("audit needs one file, such as: audit CARD.md (or TABLE.csv; --json for programs)")
+    path = Path(names[0])
+    audits = audit(path)
+    if "--json" in arguments:
+        import json
+
+        print(json.dumps(audit_json(path.name, audits), indent=1))
+    else:
+        print(audit_text_view(path.name, audits))
+    return 0
+
+
 def _doctor(overrides: list[str]) -> int:
     from harness.doctor import doctor_text
 
@@ -372,6 +407,8 @@ def _setting_names() -> list[str]:
 
 
 def _verb_help(verb: str) -> str:
+    if verb == "audit":
+        return AUDIT_HELP
     lines = [HELP.split("\n\nverbs", maxsplit=1)[0].replace("VERB", verb), "", "groups (GROUP=OPTION)"]
     for group in (*GROUPS, "+experiment"):
         lines.append(f"  {group:<12} {_wrapped(_options(group.lstrip('+')))}")

@@ -18,6 +18,7 @@ def test_wheel_plans_from_another_folder(tiny_overrides: list[str], tmp_path: Pa
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(unpacked)
     assert (unpacked / "harness" / "conf" / "policy" / "dynamicgate.yaml").is_file()
+    assert len(list((unpacked / "harness" / "data").glob("*.csv"))) == 2
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     result = subprocess.run(
