@@ -83,17 +83,15 @@ def equal_size_verdict(case: Measured, ladder: Sequence[Measured]) -> Verdict:
 def dominators(cases: Sequence[Measured]) -> dict[str, str]:
     """For each dominated case the name of the best one that is no larger and has a lower perplexity beyond noise."""
     found = {}
+    best_first = sorted(cases, key=lambda one: float(one.nll.mean()))
     for case in cases:
-        better = [
-            other
-            for other in cases
-            if other is not case
-            and other.file_bytes <= case.file_bytes
-            and other.nll.mean() < case.nll.mean()
-            and mean_interval(other.nll - case.nll).sign == -1
-        ]
-        if better:
-            found[case.name] = min(better, key=lambda other: float(other.nll.mean())).name
+        mean = float(case.nll.mean())
+        for other in best_first:
+            if other.nll.mean() >= mean:
+                break
+            if other.file_bytes <= case.file_bytes and mean_interval(other.nll - case.nll).sign == -1:
+                found[case.name] = other.name
+                break
     return found
 
 

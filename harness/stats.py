@@ -9,6 +9,7 @@ tokens in tests/test_stats.py show the coverage.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -71,15 +72,13 @@ def mean_interval(values: np.ndarray, block_tokens: int = BLOCK_TOKENS) -> Inter
     scaled = weights * n / weights.sum()
     residuals = scaled * (blocks - mean)
     se = math.sqrt(float((residuals**2).sum()) / (n * (n - 1)))
-    rng = np.random.default_rng(_SEED)
-    chosen = rng.integers(0, n, (_REPLICATES, n))
-    w, x = scaled[chosen], (scaled * blocks)[chosen]
-    means = x.sum(1) / w.sum(1)
-    spread = x - w * means[:, None]
-    errors = np.sqrt((spread**2).sum(1) / (n * (n - 1)))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = (means - mean) / errors
-    t = t[np.isfinite(t)]
+    # A replicate's sums are products with how often it chose each block: the same figures as gathering the blocks.
+    counts = _resampled(n)
+    shift = counts @ residuals / (counts @ scaled)  # the replicate's mean minus the mean
+    squares = counts @ residuals**2 - 2 * shift * (counts @ (residuals * scaled)) + shift**2 * (counts @ scaled**2)
+    errors = np.sqrt(np.maximum(squares, 0.0) / (n * (n - 1)))
+    usable = errors > 1e-9 * se  # not the replicates that chose one block n times
+    t = shift[usable] / errors[usable]
     low_t, high_t = np.quantile(t, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     p = (1 + int((np.abs(t) >= abs(mean) / se).sum())) / (len(t) + 1)
     return Interval(mean, se, mean - float(high_t) * se, mean - float(low_t) * se, p, n)
@@ -100,6 +99,13 @@ def small_sample_interval(values: np.ndarray) -> Interval:
     se = float(values.std(ddof=1)) / math.sqrt(n)
     half = _T_975[n - 2] * se
     return Interval(mean, se, mean - half, mean + half, None, n)
+
+
+@lru_cache(maxsize=4)
+def _resampled(n: int) -> np.ndarray:
+    """How often each replicate of the bootstrap chose each of n blocks: float64 [_REPLICATES, n]. Seeded."""
+    chosen = np.random.default_rng(_SEED).integers(0, n, (_REPLICATES, n))
+    return np.stack([np.bincount(row, minlength=n) for row in chosen]).astype(np.float64)
 
 
 def block_means(values: np.ndarray, block_tokens: int) -> tuple[np.ndarray, np.ndarray]:
