@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.compare import Measured, difference, dominators
+from harness.compare import Measured, difference, dominators, equal_size_verdict
 from harness.ggml_types import GGML_TYPES
 from harness.passes import SpeedPass
 from harness.plan import Plan
@@ -158,6 +158,17 @@ def case_findings(cases: Sequence[Measured], reference: Measured | None) -> dict
                 f"publish {better} instead",
             )
         )
+    for case in cases:
+        verdict = equal_size_verdict(case, cases) if case.mode != "standard" else None
+        if verdict and not verdict.between and verdict.reason:
+            found[case.name].append(
+                Finding(
+                    "no_neighbours",
+                    verdict.reason,
+                    "whether its bytes would be better spent on a standard type cannot be told",
+                    "run the sweep again with that quant as well: what is measured stays",
+                )
+            )
     for small, large in pairwise(standard):
         if small.file_bytes < large.file_bytes and difference(large, small).ln_ppl.sign == 1:
             found[large.name].append(

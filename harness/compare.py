@@ -67,7 +67,7 @@ def equal_size_verdict(case: Measured, ladder: Sequence[Measured]) -> Verdict:
     above = [rung for rung in rungs if rung.file_bytes >= case.file_bytes]
     if not below or not above:
         side = "smaller" if not below else "larger"
-        reason = f"no standard case is {side} than {case.name}: add a {side} quant to the sweep"
+        reason = f"no standard case is {side} than {case.name}: add {_next_rung(rungs, larger=not above)} to the sweep"
         return Verdict(None, None, None, None, None, reason)
     low = max(below, key=lambda rung: (rung.file_bytes, -float(rung.nll.mean())))
     high = min(above, key=lambda rung: (rung.file_bytes, float(rung.nll.mean())))
@@ -103,6 +103,22 @@ def pareto_front(cases: Sequence[Measured]) -> set[str]:
             best = float(case.nll.mean())
             front.add(case.name)
     return front
+
+
+# llama.cpp's usual file types in the order of their sizes on a model whose widths fit.
+_LADDER = (
+    *("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "q2_k", "iq3_xxs", "iq3_s", "iq4_xs", "q4_k_m"),
+    *("q5_k_m", "q6_k", "q8_0"),
+)
+
+
+def _next_rung(rungs: Sequence[Measured], *, larger: bool) -> str:
+    """The next standard quant beyond those that were measured."""
+    places = [_LADDER.index(rung.quant) for rung in rungs if rung.quant in _LADDER]
+    place = -1 if not places else max(places) + 1 if larger else min(places) - 1
+    if 0 <= place < len(_LADDER):
+        return f"quant={_LADDER[place]} mode=standard"
+    return f"a {'larger' if larger else 'smaller'} standard quant"
 
 
 def _word(interval: Interval | None) -> str | None:

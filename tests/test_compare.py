@@ -1,6 +1,7 @@
 """Comparisons at equal size, placebo plans, domination: cases made by hand, with the answer known."""
 
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,7 +46,18 @@ def test_verdict_at_equal_size(n_bytes: int, level: float, word: str) -> None:
 def test_no_verdict_outside_the_ladder(n_bytes: int, side: str) -> None:
     verdict = equal_size_verdict(case("gate", n_bytes, 0.1, "dynamicgate"), LADDER)
     assert verdict.word is None and verdict.ln_ppl is None
-    assert f"add a {side} quant" in (verdict.reason or "")
+    assert f"add a {side} standard quant" in (verdict.reason or "")
+
+
+@pytest.mark.parametrize(("n_bytes", "added"), [(99, "iq1_m"), (301, "iq2_s")])
+def test_outside_the_ladder_the_next_quant_is_named(n_bytes: int, added: str) -> None:
+    quants = ("iq2_xxs", "iq2_xs", "iq2_xs")
+    ladder = [replace(rung, quant=quant) for rung, quant in zip(LADDER, quants, strict=True)]
+    verdict = equal_size_verdict(case("gate", n_bytes, 0.1, "dynamicgate"), ladder)
+    assert verdict.reason == (
+        f"no standard case is {'smaller' if n_bytes < 100 else 'larger'} than gate: "
+        f"add quant={added} mode=standard to the sweep"
+    )
 
 
 def test_other_modes_are_no_rungs() -> None:

@@ -694,7 +694,7 @@ def test_verdicts_at_equal_size(real: Sweep) -> None:
     assert runs.verdict_between["iq1_s-dynamicgate"] == "iq1_m-standard and iq2_xs-standard"
     outside = runs.loc["iq2_xs-dynamicgate"]
     assert outside[["verdict", "verdict_kld", "verdict_between", "equal_size_ln_ppl"]].isna().all()
-    assert "add a larger quant" in outside.verdict_reason
+    assert "add quant=iq2_s mode=standard" in outside.verdict_reason
     for name in ("reference", "iq1_s-standard", "iq1_m-standard", "iq2_xs-standard"):
         assert runs.loc[name, ["verdict", "verdict_kld", "verdict_reason", "equal_size_ln_ppl"]].isna().all()
 
@@ -976,7 +976,7 @@ def test_findings_json_of_the_real_sweep(real: Sweep) -> None:
         "iq2_xs-standard": [],
         "iq1_s-dynamicgate": ["dominated"],
         "iq1_m-dynamicgate": ["within_noise"],
-        "iq2_xs-dynamicgate": ["within_noise"],
+        "iq2_xs-dynamicgate": ["no_neighbours", "within_noise"],
         "iq1_m-placebo+dynamicgate": ["dominated"],
         "iq1_m-dynamicgate+dynamicgate_without_ends": [],
         "iq1_m-dynamicgate+dynamicgate_without_ends_without_middle": ["dominated"],
