@@ -4,6 +4,7 @@
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,9 @@ def read_speed(folder: Path) -> list[SpeedPass]:
     return sorted(passes, key=lambda one: one.created_utc)
 
 
-def known_speed(folder: Path) -> dict[str, Timing]:
-    """The newest timing of every case, by its key."""
-    return {key: timing for one in read_speed(folder) for key, timing in one.cases.items()}
+def looked_at(passes: Iterable[SpeedPass]) -> set[str]:
+    """Keys of the cases that were timed, or left out for a reason that another try would not change."""
+    return {key for one in passes for key in (*one.cases, *one.skipped)}
 
 
 def layers_path(record_path: Path) -> Path:

@@ -16,7 +16,7 @@ from harness.ggml_types import UNQUANTIZED
 from harness.imatrix import load_imatrix
 from harness.isolate import run_in_child
 from harness.measure import default_first_scored, probability_bytes, probability_path
-from harness.passes import known_speed, layers_path
+from harness.passes import layers_path, looked_at, read_speed
 from harness.plan import STANDARD_RULE, Plan, make_plan, placebo_plan
 from harness.policy import Rule, load_policy
 from harness.prompts import Windows, load_windows
@@ -74,7 +74,7 @@ class Sweep:
         """Cases whose speed is not known yet, without those that are the same file as another."""
         if not self.config.measure.speed:
             return ()
-        known = known_speed(self.folder)
+        known = looked_at(read_speed(self.folder))
         return tuple(case for case in self.cases if case.key not in known and not self.twin(case))
 
     @cached_property
