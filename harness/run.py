@@ -13,6 +13,7 @@ from harness.layers import measure_layers
 from harness.progress import ProgressDisplay
 from harness.record import SCHEMA_VERSION, environment, read_record, utc_now, write_record
 from harness.speed import measure_speed
+from harness.store import remove_leftovers
 from harness.sweep import Case, Sweep
 
 
@@ -23,6 +24,8 @@ def run(sweep: Sweep, display: ProgressDisplay) -> list[str]:
     """
     if sweep.finished:
         return []
+    for folder in (sweep.folder, sweep.cache.folder):
+        remove_leftovers(folder)
     engine = run_in_child(engine_facts, log_path=sweep.cache.path("logs", "engine", ".log"))
     covered: frozenset[str] = frozenset()
     if any(case.plan.file_type for case in (*sweep.open_cases, *sweep.to_quantize)):

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,7 +35,8 @@ def sha256_file(path: Path) -> str:
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    prefix = f".{path.name}.{_machine()}-{os.getpid()}-"
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -46,6 +49,20 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files below `folder` whose writers died on this machine."""
+    import psutil
+
+    for path in folder.rglob(".*.tmp"):
+        match = re.search(r"\.([^.]*)-(\d+)-[^-.]*\.tmp$", path.name)
+        if match and match[1] == _machine() and not psutil.pid_exists(int(match[2])):
+            path.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "", platform.node())[:32]
 
 
 def write_text(path: Path, text: str) -> None:

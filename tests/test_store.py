@@ -313,6 +313,23 @@ def test_a_removed_file_leaves_no_seal(cache: Cache) -> None:
     cache.remove(path)
 
 
+def test_leftovers_of_dead_writers_are_removed_and_those_of_the_living_stay(tmp_path: Path) -> None:
+    names = []
+
+    def keep_name(temporary: Path) -> None:
+        names.append(temporary.name)
+
+    write_atomic(tmp_path / "deep" / "x-1.json", keep_name)
+    (own,) = names
+    dead = own.replace(f"-{os.getpid()}-", "-999999999-")
+    elsewhere = dead.replace(f".{store._machine()}-", ".elsewhere-")
+    others = [own, elsewhere, "mine.tmp", ".x.tmp"]
+    for name in (dead, *others):
+        (tmp_path / "deep" / name).write_text("half")
+    store.remove_leftovers(tmp_path)
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"x-1.json", *others}
+
+
 def test_a_holder_of_a_lock_may_enter_again(cache: Cache) -> None:
     path = cache.path("variants", "k", ".gguf")
     with cache.lock(path):
