@@ -34,6 +34,7 @@ overrides that matter (any value may be a list a,b,c; `python -m harness sweep -
   +experiment=attribution      what each rule of the policy saves, for the bytes it costs; with quant=...
   calibration=c4_sample        text of the imatrix; or calibration.path=FILE, calibration=none
   policy=dynamicgate           what the mode dynamicgate applies; or policy.file=RULES.yaml
+  measure.speed=false          leave out the timing pass; measure.layers=true: compare every layer with the reference
   runtime.threads=2            default: the physical cores
   results.dir=results          where results go; results.name=NAME for the folder in it
 

@@ -442,3 +442,39 @@ def test_yaml_values_that_cannot_be_made_are_refused(tmp_path: Path, text: str) 
 def test_types_that_are_no_weights_are_refused(type_name: str) -> None:
     with pytest.raises(UserError, match=type_name):
         parse_rules([{"name": "a", "type": type_name}], "here")
+
+
+# --- generation 1.5
+
+ATTENTION = POLICY.with_name("dynamicgate_attention.yaml")
+ULTRA_LOW = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
+# By hand from the published rules: (gqa, experts) -> type of attn_v, attn_q and attn_k, attn_output; IQ1 and IQ2 files.
+ATTENTION_BY_HAND = {
+    (1.0, 0): (("iq3_xxs", None, "iq3_xxs"), ("iq3_s", None, "iq3_s")),
+    (3.9, 3): (("iq3_xxs", None, "iq3_xxs"), ("iq3_s", None, "iq3_s")),
+    (4.0, 0): (("iq4_xs", None, "iq3_xxs"), ("iq4_xs", None, "iq3_s")),
+    (8.0, 0): (("iq4_xs", None, "iq3_xxs"), ("iq4_xs", None, "iq3_s")),
+    (1.0, 8): (("iq4_xs", "iq4_xs", "iq4_xs"), ("iq4_xs", "iq4_xs", "iq4_xs")),
+    (8.0, 64): (("iq4_xs", "iq4_xs", "iq4_xs"), ("iq4_xs", "iq4_xs", "iq4_xs")),
+}
+
+
+@pytest.mark.parametrize(("gqa", "experts"), ATTENTION_BY_HAND)
+@pytest.mark.parametrize("file_type", ULTRA_LOW)
+def test_generation_1_5_of_the_attention_tensors(gqa: float, experts: int, file_type: str) -> None:
+    _, rules = load_policy(PolicyConfig(file=str(ATTENTION)))
+    by_hand = ATTENTION_BY_HAND[gqa, experts][0 if file_type.startswith("iq1") else 1]
+    for roles, expected in zip((("attn_v",), ("attn_q", "attn_k"), ("attn_output",)), by_hand, strict=True):
+        for role in roles:
+            rule = matching_rule(rules, subject(file_type=file_type, role=role, gqa=gqa, n_experts=experts))
+            assert (rule.type if rule else None) == expected, role
+
+
+@pytest.mark.parametrize("n_layers", [28, 32])
+def test_generation_1_5_holds_generation_1(rules: tuple[Rule, ...], n_layers: int) -> None:
+    _, attention = load_policy(PolicyConfig(file=str(ATTENTION)))
+    for file_type in (*ULTRA_LOW, "iq3_xxs", "q4_k_m"):
+        for role in ("ffn_down", "token_embd", "output", "ffn_up"):
+            for position in range(n_layers):
+                one = subject(file_type=file_type, role=role, position=position, n_positions=n_layers, gqa=8.0)
+                assert matching_rule(attention, one) == matching_rule(rules, one)
