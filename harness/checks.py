@@ -202,8 +202,8 @@ def case_findings(cases: Sequence[Measured], reference: Measured | None) -> dict
     return found
 
 
-def pair_findings(other: Measured, standard: Measured, p_holm: float | None) -> list[Finding]:
-    """What a row of the comparison tells. p_holm: adjusted for the number of rows."""
+def pair_findings(other: Measured, standard: Measured, p_holm: float | None, n_rows: int = 1) -> list[Finding]:
+    """What a row of the comparison tells. p_holm: adjusted for the number of rows, n_rows."""
     if np.array_equal(other.nll, standard.nll) or (p_holm is not None and p_holm <= 0.05):
         return []
     paired = difference(other, standard).ln_ppl
@@ -216,7 +216,17 @@ def pair_findings(other: Measured, standard: Measured, p_holm: float | None) -> 
                 "measure more windows with prompts.n_windows",
             )
         ]
+    if paired.sign:
+        return [
+            Finding(
+                "within_noise",
+                f"its difference to {standard.name} is beyond noise by itself, but not among {n_rows} rows",
+                "of many comparisons some look real by chance (Holm's adjustment)",
+                "measure more windows with prompts.n_windows",
+            )
+        ]
     need = paired.windows_to_resolve(other.nll.shape[0])
+    need = need if need and need > other.nll.shape[0] else None
     return [
         Finding(
             "within_noise",
@@ -231,7 +241,7 @@ def pair_findings(other: Measured, standard: Measured, p_holm: float | None) -> 
 def type_findings(other: dict[str, Any], standard: dict[str, Any]) -> list[Finding]:
     """Whether the two sides of a row differ in more than layers. Both: the record's `variant`."""
     sides = [
-        f"{name} {standard[f'{name}_type'].upper()} and {other[f'{name}_type'].upper()}"
+        f"{name} {str(standard[f'{name}_type']).upper()} and {str(other[f'{name}_type']).upper()}"
         for name in ("embedding", "output")
         if standard[f"{name}_type"] != other[f"{name}_type"]
     ]

@@ -67,7 +67,9 @@ def equal_size_verdict(case: Measured, ladder: Sequence[Measured]) -> Verdict:
     above = [rung for rung in rungs if rung.file_bytes >= case.file_bytes]
     if not below or not above:
         side = "smaller" if not below else "larger"
-        reason = f"no standard case is {side} than {case.name}: add {_next_rung(rungs, larger=not above)} to the sweep"
+        reason = (
+            f"no standard case is {side} than {case.name}: add {_next_rung(case, rungs, larger=not above)} to the sweep"
+        )
         return Verdict(None, None, None, None, None, reason)
     low = max(below, key=lambda rung: (rung.file_bytes, -float(rung.nll.mean())))
     high = min(above, key=lambda rung: (rung.file_bytes, float(rung.nll.mean())))
@@ -105,19 +107,24 @@ def pareto_front(cases: Sequence[Measured]) -> set[str]:
     return front
 
 
-# llama.cpp's usual file types in the order of their sizes on a model whose widths fit.
-_LADDER = (
-    *("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "q2_k", "iq3_xxs", "iq3_s", "iq4_xs", "q4_k_m"),
-    *("q5_k_m", "q6_k", "q8_0"),
-)
+# llama.cpp's usual file types and about how many bits a weight they take (llama-quantize's own list).
+_NOMINAL_BPW = {
+    **{"iq1_s": 1.6, "iq1_m": 1.8, "iq2_xxs": 2.1, "iq2_xs": 2.3, "iq2_s": 2.5, "iq2_m": 2.7, "q2_k": 3.0},
+    **{"iq3_xxs": 3.1, "iq3_s": 3.4, "iq4_xs": 4.3, "q4_k_m": 4.8, "q5_k_m": 5.7, "q6_k": 6.6, "q8_0": 8.5},
+}
 
 
-def _next_rung(rungs: Sequence[Measured], *, larger: bool) -> str:
-    """The next standard quant beyond those that were measured."""
-    places = [_LADDER.index(rung.quant) for rung in rungs if rung.quant in _LADDER]
-    place = -1 if not places else max(places) + 1 if larger else min(places) - 1
-    if 0 <= place < len(_LADDER):
-        return f"quant={_LADDER[place]} mode=standard"
+def _next_rung(case: Measured, rungs: Sequence[Measured], *, larger: bool) -> str:
+    """The nearest standard quant that should lie beyond the case, judged by the measured rung nearest to it."""
+    known = [rung for rung in rungs if rung.quant in _NOMINAL_BPW]
+    if known and len(known) == len(rungs):
+        edge = max(known, key=lambda rung: rung.file_bytes * (1 if larger else -1))
+        bytes_per_bit = edge.file_bytes / _NOMINAL_BPW[edge.quant]
+        ladder = sorted(_NOMINAL_BPW, key=lambda name: _NOMINAL_BPW[name], reverse=not larger)
+        for name in ladder:
+            gap = (_NOMINAL_BPW[name] * bytes_per_bit - case.file_bytes) * (1 if larger else -1)
+            if gap > 0 and name not in [rung.quant for rung in known]:
+                return f"quant={name} mode=standard"
     return f"a {'larger' if larger else 'smaller'} standard quant"
 
 

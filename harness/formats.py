@@ -10,12 +10,17 @@ WIDTH = 118  # of a terminal that has 120 columns
 
 def markdown(table: Table) -> str:
     """Padded so that it reads in a terminal as well, and without spaces at the bars where it would be too wide."""
-    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (table.header, *table.rows)]
+    rows = [[_plain(cell) for cell in row] for row in (table.header, *table.rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     rows.insert(1, ["-" * width for width in widths])
     space = " " if sum(widths) + 3 * len(widths) + 1 <= WIDTH + 2 else ""
     bar = f"{space}|{space}"
     return "\n".join(f"|{space}{bar.join(map(str.ljust, cells, widths))}{space}|" for cells in rows)
+
+
+def _plain(cell: str) -> str:
+    """Without what Markdown would take for a bar, a tag or a new line."""
+    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ").replace("\r", " ")
 
 
 def html_table(table: Table) -> str:
@@ -30,6 +35,7 @@ _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "|": r"\textbar{}",
     "±": r"$\pm$",
     "Δ": r"$\Delta$",
     "≥": r"$\ge$",

@@ -201,7 +201,7 @@ def _pair_row(quant: str, standard: Any, other: Any, cases: dict[str, Measured])
         row[f"{prefix}_ppl"], row[f"{prefix}_ppl_se"] = get(side, "ppl"), get(side, "ppl_se")
         row[f"{prefix}_kld"], row[f"{prefix}_same_top"] = get(side, "kld_mean"), get(side, "same_top")
         row[f"{prefix}_bytes"], row[f"{prefix}_bpw"] = get(side, "file_bytes"), get(side, "bpw")
-        row[f"{prefix}_speed_s"] = _speed_s(side)
+    row["std_speed_s"], row["dg_speed_s"] = _speeds_s(standard, other)
     deltas = ("delta_ppl_pct", "delta_ppl_pct_low", "delta_ppl_pct_high", "p", "delta_kld", "delta_kld_low")
     row |= dict.fromkeys((*deltas, "delta_kld_high", "delta_bytes", "resolvable_pct", "windows_to_resolve"))
     if standard is not None and other is not None:
@@ -216,12 +216,20 @@ def _pair_row(quant: str, standard: Any, other: Any, cases: dict[str, Measured])
     return row
 
 
-def _speed_s(row: Any) -> float | None:
-    """Seconds to run the prompt set: at the median speed of the timing pass, or as the scoring itself took."""
-    if row is None:
-        return None
-    timed = row["prompt_tokens_per_s"]
-    return row["pass_s"] if timed is None or math.isnan(timed) else row["n_tokens"] / timed
+def _speeds_s(standard: Any, other: Any) -> tuple[float | None, float | None]:
+    """Seconds to run the prompt set: at the median speed of the timing pass where both sides were timed in one, else as
+    the scoring itself took, on both sides."""
+    sides = [side for side in (standard, other) if side is not None]
+    passes = {side["speed_pass"] for side in sides}
+    timed = len(passes) == 1 and all(isinstance(one, str) for one in passes)
+
+    def seconds(side: Any) -> float | None:
+        if side is None:
+            return None
+        value: float | None = side["n_tokens"] / side["prompt_tokens_per_s"] if timed else side["pass_s"]
+        return value
+
+    return seconds(standard), seconds(other)
 
 
 def percent_change(ln_ratio: float | None) -> float | None:

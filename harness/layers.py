@@ -15,7 +15,7 @@ from harness.errors import EngineError
 from harness.isolate import run_in_child
 from harness.passes import write_layers
 from harness.progress import ProgressDisplay
-from harness.store import Cache, key_of
+from harness.store import Cache
 from harness.sweep import Sweep
 
 
@@ -25,10 +25,6 @@ def measure_layers(sweep: Sweep, display: ProgressDisplay) -> list[str]:
     failures = []
     each_s = sweep.layers_s / (len(sweep.layer_cases) + 1)
     windows = sweep.prompts.tokens[: sweep.config.measure.layer_windows]
-    key = key_of(
-        *(sweep.reference.id, sweep.prompts.key, len(windows), sweep.first_scored),
-        *(sweep.config.measure.ubatch_tokens, sweep.config.measure.flash_attention, sweep.engine_version),
-    )
     for case in cases:
         try:
             with sweep.cache.lock(sweep.variant_path(case)):
@@ -40,7 +36,7 @@ def measure_layers(sweep: Sweep, display: ProgressDisplay) -> list[str]:
                         sweep.variant_path(case),
                         windows,
                         sweep.cache,
-                        key,
+                        sweep.layers_key,
                         first_scored=sweep.first_scored,
                         ubatch_tokens=sweep.config.measure.ubatch_tokens,
                         flash_attention=sweep.config.measure.flash_attention,
@@ -48,7 +44,7 @@ def measure_layers(sweep: Sweep, display: ProgressDisplay) -> list[str]:
                         log_path=sweep.log_path(case),
                         on_progress=on_progress,
                     )
-                write_layers(case.record_path, layers, errors)
+                write_layers(case.record_path, case.key, sweep.layers_key, layers, errors)
         except EngineError as error:
             failures.append(f"{case.name}, layers: {error.with_log}")
     return failures

@@ -118,7 +118,7 @@ class RowReader:
 def _read_window(path: Path, n_scored: int) -> dict[str, np.ndarray] | None:
     """Stored values of one window; None when there are none, or no whole ones."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             values = {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         return None

@@ -1,6 +1,7 @@
 """What the passes after the scoring measured, as data frames: speed, and errors of the hidden states. No llama.cpp."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,12 +108,13 @@ def llama_bench(records: Sequence[Record], passes: Sequence[SpeedPass]) -> list[
 def layers_frame(records: Sequence[Record]) -> pd.DataFrame:
     """One row for each case and layer: mean relative error of the hidden state with its interval, and the change
     against the standard file of the same quant, per cent, with its interval. Layer "mean": averaged over the depth."""
-    errors = {}
-    for record in records:
-        found = read_layers(record.path) if record.ok else None
-        if found is not None:
-            numbers, values = found
-            errors[record.name] = [*zip(map(str, numbers), values, strict=True), ("mean", values.mean(axis=0))]
+    found = {r.name: one for r in records if r.ok and (one := read_layers(r.path, r.data["key"])) is not None}
+    alike = Counter(layers_key for layers_key, _, _ in found.values()).most_common(1)
+    errors = {
+        name: [*zip(map(str, numbers), values, strict=True), ("mean", values.mean(axis=0))]
+        for name, (layers_key, numbers, values) in found.items()
+        if layers_key == alike[0][0]  # over other windows or with other settings: not of this table
+    }
     standard = {r.data["quant"]: r.name for r in records if r.ok and r.data["mode"] == "standard"}
     rows = []
     for record in records:

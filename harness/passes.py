@@ -4,6 +4,9 @@
 """
 
 import json
+import math
+import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from harness.errors import UserError
 from harness.store import write_json, write_npz
 
 SPEED_VERSION = 1
+SPEED_UBATCH_TOKENS = 512  # llama-bench's default
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,10 @@ def read_speed(folder: Path) -> list[SpeedPass]:
     return sorted(passes, key=lambda one: one.created_utc)
 
 
-def looked_at(passes: Iterable[SpeedPass]) -> set[str]:
-    """Keys of the cases that were timed, or left out for a reason that another try would not change."""
-    return {key for one in passes for key in (*one.cases, *one.skipped)}
+def looked_at(passes: Iterable[SpeedPass], settings: dict[str, Any]) -> set[str]:
+    """Keys of the cases that were timed with these settings, or left out for a reason that another try would not
+    change."""
+    return {key for one in passes if one.settings == settings for key in (*one.cases, *one.skipped)}
 
 
 def layers_path(record_path: Path) -> Path:
@@ -77,21 +81,22 @@ def layers_path(record_path: Path) -> Path:
     return record_path.parent.parent / "layers" / record_path.with_suffix(".npz").name
 
 
-def write_layers(record_path: Path, layers: np.ndarray, errors: np.ndarray) -> None:
-    """layers: int32 [n_layers]; errors: float32 [n_layers, n_windows, n_scored], relative error of each token."""
-    write_npz(layers_path(record_path), layers=layers, errors=errors)
+def write_layers(record_path: Path, case_key: str, layers_key: str, layers: np.ndarray, errors: np.ndarray) -> None:
+    """layers: int32 [n_layers]; errors: float32 [n_layers, n_windows, n_scored], relative error of each token.
+    layers_key: of everything but the variant, so that only like is compared with like."""
+    keys = np.array([case_key, layers_key])
+    write_npz(layers_path(record_path), keys=keys, layers=layers, errors=errors)
 
 
-def read_layers(record_path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """layers and errors as written; None when they were not measured. Raises UserError on a damaged file."""
-    path = layers_path(record_path)
-    if not path.exists():
-        return None
+def read_layers(record_path: Path, case_key: str) -> tuple[str, np.ndarray, np.ndarray] | None:
+    """layers_key, layers and errors as written; None when they are not there, damaged, or those of another case."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays["layers"], arrays["errors"]
-    except Exception as error:  # zipfile, zlib and numpy each have their own
-        raise UserError(f"{path} is damaged ({error}): delete it and run the sweep again") from error
+        with layers_path(record_path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            (of_case, layers_key), layers, errors = arrays["keys"].tolist(), arrays["layers"], arrays["errors"]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    whole = layers.ndim == 1 and errors.ndim == 3 and len(layers) == len(errors) and errors.size
+    return (layers_key, layers, errors) if of_case == case_key and whole else None
 
 
 def _read_pass(path: Path) -> SpeedPass | None:
@@ -105,14 +110,18 @@ def _read_pass(path: Path) -> SpeedPass | None:
             key: Timing(path.stem, *sizes, *(tuple(map(float, one[n])) for n in ("load_s", "prompt_s", "generate_s")))
             for key, one in data["cases"].items()
         }
+        for timing in cases.values():
+            rounds = (timing.load_s, timing.prompt_s, timing.generate_s)
+            if any(len(one) < 2 or not all(math.isfinite(s) and s > 0 for s in one) for one in rounds):
+                return None
         return SpeedPass(
             path.stem,
-            data["created_utc"],
+            str(data["created_utc"]),
             settings,
-            data["environment"],
+            dict(data["environment"]),
             float(data["other_cpu_share"]),
             cases,
-            data["skipped"],
+            {str(key): str(reason) for key, reason in data["skipped"].items()},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

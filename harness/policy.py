@@ -80,7 +80,7 @@ def load_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:
             known = nearest(left_out, [rule.name for rule in rules])
             raise UserError(f"policy.without={left_out}: the policy {name} has no such rule.{known}")
     kept = tuple(rule for rule in rules if rule.name not in settings.without)
-    return "_".join([name, *(f"without_{rule}" for rule in settings.without)]), kept
+    return folder_name("_".join([name, *(f"without_{rule}" for rule in settings.without)])), kept
 
 
 def _read_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:

@@ -19,6 +19,7 @@ from harness.errors import UserError, nearest
 from harness.store import sha256_file, write_json, write_npz
 
 SCHEMA_VERSION = 1
+_LARGEST, _LARGEST_NLL = 1e18, 700.0  # exp of the latter is close to the largest float64
 RECORDS = "records"  # folder below the sweep's folder
 
 # Without these a file is no record.
@@ -72,6 +73,35 @@ class Record:
         quant, mode, policy = self.label
         return mode if mode == "reference" else f"{quant}-{mode_label(mode, policy)}"
 
+    @property
+    def flaw(self) -> str | None:
+        """What a table cannot use about this record; None when it is sound. A record may be anybody's file."""
+        texts = ("quant", "mode", "created_utc", "key", "reference.name", "prompt_set.name")
+        numbers = (
+            *("file_bytes", "n_params", "bpw", "n_fallback", "fallback_share", "n_quantizable", "n_lowered"),
+            *("n_raised",),
+        )
+        for name in texts:
+            if not isinstance(field(self.data, name), str):
+                return f"{name} is no text"
+        for name in (*(f"variant.{one}" for one in numbers), "prompt_set.n_windows", "prompt_set.window_tokens"):
+            value = field(self.data, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _LARGEST:
+                return f"{name} is no sensible number"
+        if not isinstance(self.data["policy"], str | None) or (self.data["mode"] == "reference") != (
+            self.data["quant"] == "reference"
+        ):
+            return "quant, mode and policy do not fit together"
+        if not isinstance(self.data.get("environment"), dict) or {"dirty", "machine", "cpu"} - set(
+            self.data["environment"]
+        ):
+            return "environment is incomplete"
+        findings = self.data.get("findings")
+        parts = {"kind", "what", "why", "todo"}
+        if not isinstance(findings, list) or not all(isinstance(one, dict) and parts <= set(one) for one in findings):
+            return "findings are incomplete"
+        return None
+
     def per_token(self) -> dict[str, np.ndarray]:
         """Per-token values, [n_windows, n_scored] each: nll and kld float64, nats; top int32, the likeliest token.
 
@@ -82,7 +112,8 @@ class Record:
             raise UserError(f"{path} is missing or was changed: run the sweep again, it will measure this case anew")
         with np.load(path, allow_pickle=False) as arrays:
             values = {name: arrays[name] for name in arrays.files}
-        if "nll" not in values or values["nll"].ndim != 2 or not values["nll"].size:
+        nll = values.get("nll", np.empty(0))
+        if nll.ndim != 2 or not nll.size or not np.isfinite(nll).all() or nll.mean() > _LARGEST_NLL:
             raise UserError(f"{path} holds no per-token values: run the sweep again, it will measure this case anew")
         return values
 
@@ -111,16 +142,24 @@ def read_record(path: Path) -> Record:
     import json
 
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         version = data["schema_version"]
         missing = [name for name in REQUIRED if name not in data]
         if missing and version == SCHEMA_VERSION:
             raise KeyError(missing[0])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if version == SCHEMA_VERSION and not all(
+            isinstance(data[name], str) or (name == "policy" and data[name] is None) for name in REQUIRED
+        ):
+            raise TypeError(f"one of {', '.join(REQUIRED)} is no text")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no whole record ({error}): delete it and run the sweep again") from error
     if version != SCHEMA_VERSION:
         raise UserError(f"{path} has record version {version}, this harness reads {SCHEMA_VERSION}: use that harness")
     return Record(data, path)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def read_records(folder: Path, wanted: Collection[str] = ()) -> list[Record]:

@@ -21,7 +21,7 @@ from harness.pass_frames import layers_frame, llama_bench, speed_frame
 from harness.passes import read_speed
 from harness.plots import plot_layers, plot_tradeoff
 from harness.record import Record, first_difference, read_records, unreadable_records
-from harness.stats import MIN_BLOCKS, Interval
+from harness.stats import MIN_BLOCKS, SMALLEST_P, Interval
 from harness.store import write_atomic, write_text
 from harness.summary import key_improvements, tradeoffs
 from harness.tables import (
@@ -122,9 +122,11 @@ def load_results(
 
     Raises UserError when there is none, or they may not stand in one table.
     """
-    found = {record.label: record for folder in folders for record in read_records(folder, wanted)}
-    records = list(found.values())
+    everything = [record for folder in folders for record in read_records(folder, wanted)]
+    everything.sort(key=lambda record: (record.data["key"] in wanted, record.data["created_utc"]))
     problems = [problem for folder in folders for problem in unreadable_records(folder)]
+    problems += [f"{record.path}: {record.flaw}" for record in everything if record.flaw]
+    records = list({record.label: record for record in everything if not record.flaw}.values())
     if not records:
         where = ", ".join(map(str, folders))
         raise UserError(problems[0] if problems else f"{where} holds no records: run a sweep into it first")
@@ -134,7 +136,7 @@ def load_results(
         name, one, other = unlike
         where = " and ".join(map(str, folders))
         raise UserError(f"{where} holds records that differ in {name} ({one} and {other}): they make no one table")
-    passes = [one for folder in folders for one in read_speed(folder)]
+    passes = sorted((one for folder in folders for one in read_speed(folder)), key=lambda one: one.created_utc)
     timings = {key: timing for one in passes for key, timing in one.cases.items()}
     runs = runs_frame(records, timings)
     comparison = comparison_frame(runs, measured)
@@ -321,7 +323,7 @@ def comparison_text(a: Record, b: Record, allow_different: Collection[str] = ())
 def _interval_text(interval: Interval) -> str:
     if interval.low is None or interval.high is None:
         return f"{interval.mean:+.6f}, no interval: {interval.reason}"
-    p = f"p < {1 / 4000:.4f}" if interval.p is not None and interval.p < 1 / 4000 else f"p = {interval.p:.4f}"
+    p = f"p < {SMALLEST_P:.4f}" if interval.p is not None and interval.p < SMALLEST_P else f"p = {interval.p:.4f}"
     return f"{interval.mean:+.6f} [{interval.low:+.6f}, {interval.high:+.6f}], {p}"
 
 
@@ -379,7 +381,7 @@ def collect_findings(table: pd.DataFrame, measured: Sequence[Record]) -> dict[st
     for row in table.to_dict("records"):
         other, standard = row["dg_name"], row["std_name"]
         if other in cases and standard in cases and "same_as" not in records[other]:
-            findings = checks.pair_findings(cases[other], cases[standard], row["p_holm"])
+            findings = checks.pair_findings(cases[other], cases[standard], row["p_holm"], len(table))
             findings += checks.type_findings(records[other]["variant"], records[standard]["variant"])
             found[other] += [finding.to_json() for finding in findings]
     environments = [data["environment"] for data in records.values()]

@@ -15,13 +15,11 @@ import numpy as np
 from harness.artefacts import ensure_variant
 from harness.errors import EngineError
 from harness.isolate import run_in_child
-from harness.passes import SpeedPass, Timing, write_speed
+from harness.passes import SPEED_UBATCH_TOKENS, SpeedPass, Timing, write_speed
 from harness.progress import ProgressDisplay
 from harness.record import utc_now
 from harness.store import key_of
 from harness.sweep import Case, Sweep
-
-UBATCH_TOKENS = 512  # llama-bench's default
 
 
 def measure_speed(sweep: Sweep, environment: dict[str, Any], display: ProgressDisplay) -> list[str]:
@@ -61,20 +59,13 @@ def _time(sweep: Sweep, cases: Sequence[Case], environment: dict[str, Any], disp
             window,
             rounds=measure.speed_rounds,
             generate_tokens=measure.generate_tokens,
-            ubatch_tokens=UBATCH_TOKENS,
+            ubatch_tokens=SPEED_UBATCH_TOKENS,
             flash_attention=measure.flash_attention,
             n_threads=sweep.n_threads,
             log_path=sweep.cache.path("logs", "speed", ".log"),
             on_progress=on_progress,
         )
-    settings = {
-        "rounds": measure.speed_rounds,
-        "prompt_tokens": len(window),
-        "generate_tokens": measure.generate_tokens,
-        "ubatch_tokens": UBATCH_TOKENS,
-        "flash_attention": measure.flash_attention,
-        "threads": sweep.n_threads,
-    }
+    settings = sweep.speed_settings
     now = utc_now()
     pass_id = key_of(now, sorted(timings), settings)[:12]
     found = {
@@ -101,7 +92,7 @@ def time_models(
     """Seconds by model and step, a value a round, and the share of the machine that others took meanwhile.
 
     window: int32 [n]. Runs in a child. Every model is read once before the first round, so that its file is in memory;
-    rounds go through the models forwards and backwards in turn, so that a drift of the machine hits all alike.
+    each round begins with another model, so that a drift of the machine hits all about alike.
     """
     for _, path in models:
         with path.open("rb") as file:
@@ -110,7 +101,8 @@ def time_models(
     found: dict[str, dict[str, list[float]]] = {name: {step: [] for step in _STEPS} for name, _ in models}
     before = _cpu_seconds()
     for i in range(rounds):
-        for j, (name, path) in enumerate(models if i % 2 == 0 else models[::-1]):
+        first = round(i * len(models) / rounds) % len(models)
+        for j, (name, path) in enumerate([*models[first:], *models[:first]]):
             seconds = _turn(path, window, generate_tokens, ubatch_tokens, flash_attention, n_threads)
             for step, value in zip(_STEPS, seconds, strict=True):
                 found[name][step].append(value)

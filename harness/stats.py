@@ -17,6 +17,7 @@ BLOCK_TOKENS = 93  # 1,023 scored tokens are 11 blocks; correlation of nll is go
 MIN_BLOCKS = 10  # fewer cannot tell their own spread
 LEVEL = 0.95
 _REPLICATES = 4000
+SMALLEST_P = 2 / _REPLICATES  # what so many replicates can tell apart from 0
 _SEED = 20250328
 _MAX_WINDOWS = 1_000_000  # 2e9 tokens: a difference that needs more is none
 _POWER_Z = 0.8416  # 80 % chance to see a difference that is there
@@ -80,7 +81,9 @@ def mean_interval(values: np.ndarray, block_tokens: int = BLOCK_TOKENS) -> Inter
     usable = errors > 1e-9 * se  # not the replicates that chose one block n times
     t = shift[usable] / errors[usable]
     low_t, high_t = np.quantile(t, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    p = (1 + int((np.abs(t) >= abs(mean) / se).sum())) / (len(t) + 1)
+    # Two-sided from the same quantiles as the interval: p <= 0.05 just when the interval leaves out 0.
+    tail = min(int((t >= mean / se).sum()), int((t <= mean / se).sum()))
+    p = min(1.0, 2 * (1 + tail) / (len(t) + 1))
     return Interval(mean, se, mean - float(high_t) * se, mean - float(low_t) * se, p, n)
 
 

@@ -89,7 +89,7 @@ class Cache:
     """One folder of things made once, by kind and key: `<folder>/<kind>/<key><suffix>`."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
@@ -126,8 +126,10 @@ class Cache:
     @contextmanager
     def lock(self, path: Path) -> Iterator[None]:
         """One process at a time, for whatever concerns `path`. The lock of a process that died is free."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True):  # so that a holder may enter again
+        path, locks = path.absolute(), self.folder / "locks"  # of its own: a model may lie in a folder of others
+        name = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / f"{key_of(name.as_posix())[:32]}.lock", is_singleton=True):  # a holder may enter again
             yield
 
     def seal(self, path: Path, facts: Any = None) -> None:

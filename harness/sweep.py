@@ -16,7 +16,7 @@ from harness.ggml_types import UNQUANTIZED
 from harness.imatrix import load_imatrix
 from harness.isolate import run_in_child
 from harness.measure import default_first_scored, probability_bytes, probability_path
-from harness.passes import layers_path, looked_at, read_speed
+from harness.passes import SPEED_UBATCH_TOKENS, looked_at, read_layers, read_speed
 from harness.plan import STANDARD_RULE, Plan, make_plan, placebo_plan
 from harness.policy import Rule, load_policy
 from harness.prompts import Windows, load_windows
@@ -74,7 +74,7 @@ class Sweep:
         """Cases whose speed is not known yet, without those that are the same file as another."""
         if not self.config.measure.speed:
             return ()
-        known = looked_at(read_speed(self.folder))
+        known = looked_at(read_speed(self.folder), self.speed_settings)
         return tuple(case for case in self.cases if case.key not in known and not self.twin(case))
 
     @cached_property
@@ -83,7 +83,30 @@ class Sweep:
         if not self.config.measure.layers:
             return ()
         wanted = [case for case in self.cases if case.plan.file_type is not None and not self.twin(case)]
-        return tuple(case for case in wanted if not layers_path(case.record_path).exists())
+        done = {case.key: read_layers(case.record_path, case.key) for case in wanted}
+        return tuple(case for case in wanted if (found := done[case.key]) is None or found[0] != self.layers_key)
+
+    @property
+    def layers_key(self) -> str:
+        """Of everything that moves the errors of hidden states, the variant excepted."""
+        measure = self.config.measure
+        return key_of(
+            *(self.reference.id, self.prompts.key, measure.layer_windows, self.first_scored),
+            *(measure.ubatch_tokens, measure.flash_attention, self.n_threads, self.engine_version),
+        )
+
+    @property
+    def speed_settings(self) -> dict[str, Any]:
+        """Everything that moves a timing, the machine excepted."""
+        measure = self.config.measure
+        return {
+            "rounds": measure.speed_rounds,
+            "prompt_tokens": self.prompts.tokens.shape[1],
+            "generate_tokens": measure.generate_tokens,
+            "ubatch_tokens": SPEED_UBATCH_TOKENS,
+            "flash_attention": measure.flash_attention,
+            "threads": self.n_threads,
+        }
 
     @property
     def finished(self) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from harness.engine import model as engine
 from harness.engine.hidden import hidden_states
 from harness.layers import relative_error
 from harness.pass_frames import ratio_change, speed_ratio, spread
-from harness.passes import SpeedPass, Timing, looked_at, read_speed, write_speed
+from harness.passes import SpeedPass, Timing, looked_at, read_layers, read_speed, write_layers, write_speed
 from harness.stats import small_sample_interval
 from tests.tiny_model import random_text
 
@@ -91,10 +92,38 @@ def test_timing_passes_survive_in_the_order_of_time(tmp_path: Path) -> None:
     for one in (new, old):
         write_speed(tmp_path, one)
     assert read_speed(tmp_path) == [old, new]
-    assert looked_at([old, replace(new, cases={}, skipped={"m": "too large"})]) == {"k", "l", "m"}
+    passes = [old, replace(new, cases={}, skipped={"m": "too large"})]
+    assert looked_at(passes, old.settings) == {"k", "l", "m"}
+    assert looked_at(passes, {**old.settings, "rounds": 5}) == set(), "timed again with other settings"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"schema_version": 2}', '{"schema_version": 1}'])
+GOOD = {
+    "schema_version": 1,
+    "created_utc": "2026-01-01",
+    "settings": {"prompt_tokens": 8, "generate_tokens": 4},
+    "environment": {},
+    "other_cpu_share": 0.0,
+    "cases": {"k": {"load_s": [1, 1], "prompt_s": [1, 1], "generate_s": [1, 1]}},
+    "skipped": {},
+}
+
+
+def test_a_sound_timing_pass_is_read(tmp_path: Path) -> None:
+    (tmp_path / "speed").mkdir()
+    (tmp_path / "speed" / "x.json").write_text(json.dumps(GOOD))
+    assert len(read_speed(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "null", '{"schema_version": 2}', '{"schema_version": 1}', "[" * 100_000),
+        *(
+            json.dumps(GOOD | {"cases": {"k": {"load_s": [1, 1], "prompt_s": prompt_s, "generate_s": [1, 1]}}})
+            for prompt_s in ([], [1], [0, 0], [1, math.nan], ["x", "y"], None)
+        ),
+    ],
+)
 def test_a_damaged_timing_pass_counts_as_absent(tmp_path: Path, content: str) -> None:
     (tmp_path / "speed").mkdir()
     (tmp_path / "speed" / "x.json").write_text(content)
@@ -111,6 +140,19 @@ def test_findings_of_a_busy_machine_and_of_wide_spread() -> None:
     assert "iq1_m-standard (20%)" in found["wide_spread"] and "calm" not in found["wide_spread"]
     calm = [speed_pass("aa", "2026-01-01", {"k": timing("aa", 1.0)})]
     assert checks.speed_findings(calm, rows[rows.name == "calm"]) == []
+
+
+def test_layers_of_another_case_or_damaged_ones_count_as_absent(tmp_path: Path) -> None:
+    record = tmp_path / "records" / "x.json"
+    write_layers(record, "case", "settings", np.arange(2, dtype=np.int32), np.ones((2, 1, 3), np.float32))
+    found = read_layers(record, "case")
+    assert found is not None and found[0] == "settings" and found[2].shape == (2, 1, 3)
+    assert read_layers(record, "other") is None
+    path = tmp_path / "layers" / "x.npz"
+    content = path.read_bytes()
+    for damaged in (content[:-10], b"", b"PK"):
+        path.write_bytes(damaged)
+        assert read_layers(record, "case") is None
 
 
 # --- the engine
@@ -166,10 +208,12 @@ def test_layers_and_speed_of_a_sweep(cli: Cli, tiny_overrides: list[str], tmp_pa
     assert code == 0 and "1 case to measure, 1 to compare layer by layer, 1 to time" in out
     (new,) = set((folder / "speed").iterdir()) - {made}
     assert len(json.loads(new.read_text())["cases"]) == 2
+    # Over other windows the layers are compared anew, and nothing else is done again.
+    code, out, _ = cli(*sweep, *on, "measure.layer_windows=2")
+    assert code == 0 and "4 to compare layer by layer" not in out and "3 to compare layer by layer" in out
     # When the timing is thrown away, the files are made again for it and nothing is scored again.
-    for path in (made, new):
-        path.unlink()
+    shutil.rmtree(folder / "speed")
     before = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
-    code, out, _ = cli(*sweep, *on)
-    assert code == 0 and "quantizing" in out and "scoring" not in out
+    code, out, _ = cli(*sweep, *on, "measure.layer_windows=2")
+    assert code == 0 and "quantizing" in out and "scoring" not in out and "layers (" not in out
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}

@@ -235,3 +235,26 @@ def test_tensors_without_imatrix_data_are_a_finding() -> None:
     assert checks.coverage_findings(made, {"blk.0.ffn_down.weight"}) == []
     (finding,) = checks.coverage_findings(made, set())
     assert finding.kind == "imatrix_gaps" and "1 of 1" in finding.what
+
+
+def test_nothing_is_written_beside_the_users_model(
+    cli: Cli, tiny_overrides: list[str], tiny_gguf: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "models").mkdir()
+    model = tmp_path / "models" / "mine.gguf"
+    model.write_bytes(tiny_gguf.read_bytes())
+    overrides = [one for one in tiny_overrides if not one.startswith("model.path")]
+    assert cli("sweep", "quant=q8_0", "mode=standard", *overrides, f"model.path={model}")[0] == 0
+    assert list(model.parent.iterdir()) == [model]
+
+
+def test_a_rules_name_cannot_leave_the_results(cli: Cli, tiny_overrides: list[str], tmp_path: Path) -> None:
+    name = "a/../../../../escaped"
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"rules: [{{name: '{name}', type: q8_0}}, {{name: b, type: q6_k}}]")
+    cases = ["mode=dynamicgate", f"policy.file={file}", f"policy.without=['{name}']"]
+    code, _, err = cli("sweep", "quant=q4_0", *cases, *tiny_overrides)
+    assert code == 0, err
+    records = read_records(tmp_path / "results" / "tiny")
+    assert [r.path.parent for r in records] == [tmp_path / "results" / "tiny" / "records"] * 2
+    assert not list(tmp_path.glob("escaped*"))
