@@ -112,6 +112,7 @@ def comparison_block(offer: Offer) -> str:
                 "Δ PPL: change from standard to DynamicGate on the same tokens; [a, b]: its 95 % interval",
                 speed,
                 "Size: of the file; G and M are binary (2^30 and 2^20 bytes)",
+                _text_said(offer),
             ]
         ),
         "Key Improvements:",
@@ -125,10 +126,12 @@ def files_block(offer: Offer) -> str:
     """Every file with its figures, and which of its tensors have which type."""
     runs = offer.results.runs
     stems = {name: offer.file(name).removesuffix(".gguf") for name in runs.name}
-    named = runs.assign(name=runs.name.map(stems), dominated_by=[_named(one, offer) for one in runs.dominated_by])
+    better = pd.Series([_named(one, offer) for one in runs.dominated_by], index=runs.index, dtype=object)
+    named = runs.assign(name=runs.name.map(stems), dominated_by=better)
     return _paragraphs(
         markdown(_escaped(file_table(named))),
-        "bpw: bits per weight over all tensors. Mean KLD: KL divergence from the reference, in nats; lower is better.",
+        "bpw: bits per weight over all tensors. Mean KLD: KL divergence from the reference, in nats; lower is better. "
+        + md(_text_said(offer)),
         "\n".join(f"- {code(offer.file(record.name))}: {_types_text(record)}" for record in offer.variants),
     )
 
@@ -196,7 +199,7 @@ def method_block(offer: Offer) -> str:
         "PPL": f"exp of the mean negative log-likelihood of the last {scored} tokens of every window, each window from "
         "an empty context",
         "KLD": "KL(reference || file) over the whole vocabulary, mean over the same tokens, in nats",
-        "Noise": "95 % intervals of paired differences from a bootstrap over blocks of tokens; an improvement is named "
+        "Noise": "95 % intervals of paired differences from a bootstrap over blocks of tokens; a change is named "
         "when it holds after Holm's adjustment over the rows of the table. All of it speaks about this text only",
         "imatrix": "none"
         if calibration is None
@@ -318,6 +321,14 @@ def _is_offered(record: Record) -> bool:
 
 def _escaped(table: Table) -> Table:
     return Table(table.title, tuple(map(md, table.header)), [tuple(map(md, row)) for row in table.rows])
+
+
+def _text_said(offer: Offer) -> str:
+    prompts = offer.results.measured[0].data["prompt_set"]
+    return (
+        f"Measured on the text {prompts['name']} (sha256 {prompts['text_sha256'][:12]}), "
+        f"{prompts['n_windows']} windows of {prompts['window_tokens']} tokens, the same for every file"
+    )
 
 
 def _named(case: object, offer: Offer) -> str | None:
