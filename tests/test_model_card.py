@@ -1,4 +1,4 @@
-"""The verb `card`: blocks and metadata from made-up records; every other byte stays; what is refused, in which words."""
+"""The verb `card`: blocks and metadata from made-up records; every other byte stays; what is refused and how."""
 
 import json
 import re
@@ -38,7 +38,7 @@ CARD = f"# Mine\n\n{OPEN}\n{CLOSE}\n\nend\n"
 def put(folder: Path, quant: str, mode: str, n_bytes: int, loss: float, **changes: Any) -> Path:
     """A record of a case that loses `loss` nats a token, beyond noise when it is not small."""
     reference = mode == "reference"
-    types = {name: "f16" if reference else "q2_k" for name in TENSORS}
+    types = dict.fromkeys(TENSORS, "f16" if reference else "q2_k")
     if mode == "dynamicgate":
         types["token_embd.weight"] = "q5_k"
         types |= {f"blk.{i}.ffn_down.weight": "iq4_xs" for i in range(3)}
@@ -269,14 +269,14 @@ def test_front_matter_is_made_or_added_to(start: str) -> None:
         ("  a: 1", "not indented"),
         ("? [a, b]\n: 1", "no YAML"),
         ("1: a", "must be text"),
-        ("a: " + "[" * 5000, "no YAML"),
+        pytest.param("a: " + "[" * 5000, "no YAML", id="deep"),
         ("a: !!python/object:os.system x", "no YAML"),
         ("tags: {a: b}", "no list of words"),
         ("model-index: 5", "model-index"),
         ("model-index:\n- name: x\n  results:\n  - task: 5", "no valid metadata"),
         ("model-index:\n- name: x\n  results:\n  - {task: {type: t}, dataset: 5, metrics: []}", "no valid metadata"),
         ("a: 1\n...", "cannot be changed safely"),
-        ("a: '" + "x" * (1 << 20) + "'", "larger than"),
+        pytest.param("a: '" + "x" * (1 << 20) + "'", "larger than", id="large"),
     ],
 )
 def test_broken_front_matter_is_refused(cli: Cli, folder: Path, tmp_path: Path, front: str, said: str) -> None:
@@ -313,7 +313,7 @@ def refused(cli: Cli, folder: Path, tmp_path: Path, content: bytes, *said: str) 
         ("<!-- harness: -->\n", "names no block"),
         ("---\na: 1\n", "never closed"),
         (b"\xff\xfe" + CARD.encode(), "no UTF-8"),
-        (b"x" * ((16 << 20) + 1), "larger than 16 MiB"),
+        pytest.param(b"x" * ((16 << 20) + 1), "larger than 16 MiB", id="large"),
         (b"", "no marked block"),
     ],
 )
