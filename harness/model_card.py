@@ -4,6 +4,7 @@ A block stands between two lines of their own, `<!-- harness:NAME -->` and `<!--
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ MAX_BYTES = 16 << 20
 MAX_FRONT_MATTER = 1 << 20  # characters; PyYAML takes about a minute for a megabyte of it
 FRONT_MATTER = "front matter"
 TAGS = ("gguf", "quantized", "llama.cpp")
+
+_MAX_DEPTH = 64
 
 _MARKER = re.compile(r"[ \t]*<!--[ \t]*(/?)harness:([A-Za-z0-9_-]*)[ \t]*-->[ \t]*")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})([^\r\n]*)")
@@ -242,7 +245,11 @@ class _FrontMatter:
 
 def _parsed(yaml_text: str) -> tuple[dict[str, Any], tuple[tuple[str, int, int], ...]]:
     try:
+        depth = 0
         for event in yaml.parse(yaml_text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:  # PyYAML takes time with the square of the depth
+                raise UserError(f"the front matter is nested more than {_MAX_DEPTH} deep")
             if getattr(event, "anchor", None) is not None:
                 raise UserError("the front matter has YAML anchors or aliases (& or *): write the values out")
         root = yaml.compose(yaml_text, Loader=yaml.SafeLoader)
@@ -263,8 +270,7 @@ def _parsed(yaml_text: str) -> tuple[dict[str, Any], tuple[tuple[str, int, int],
         if root.flow_style or begin.column or not isinstance(key, yaml.ScalarNode) or not isinstance(key.value, str):
             raise UserError("the front matter is no plain mapping: write one `key: value` a line, not indented")
         keys.append((key.value, begin.index, begin.index + _length(yaml_text[begin.index : following])))
-    names = [name for name, _, _ in keys]
-    twice = [name for name in names if names.count(name) > 1]
+    twice = [name for name, n in Counter(name for name, _, _ in keys).items() if n > 1]
     if twice or not all(isinstance(name, str) for name in data):
         raise UserError(f"the front matter has the key {md(twice[0])} twice" if twice else "its keys must be text")
     return data, tuple(keys)

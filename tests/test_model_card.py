@@ -143,7 +143,7 @@ def test_check_tells_what_is_stale_and_writes_nothing(cli: Cli, folder: Path, tm
     card.write_text(card.read_text().replace("q5_k'", "q6_k'").replace("PPL:", "Perplexity:", 1))
     before = card.read_bytes()
     code, out, _ = cli("card", "--check", str(card), f"results={folder}")
-    assert (code, out) == (1, f"{card}: stale: comparison, recipes\n") or (code, out.count("recipes")) == (1, 1)
+    assert (code, out) == (1, f"{card}: stale: comparison, recipes\n")
     assert card.read_bytes() == before
     code, out, _ = cli("card", str(card), f"results={folder}")
     assert code == 0 and "recipes" in out and "q6_k'" not in card.read_text()
@@ -164,7 +164,7 @@ def test_several_sweeps_make_one_card(cli: Cli, folder: Path, tmp_path: Path) ->
 BODY = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="`~"), max_size=60)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=40)
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=20)
 @given(BODY, BODY, BODY, st.sampled_from(["\n", "\r\n"]))
 def test_bytes_outside_of_blocks_stay(one: str, two: str, three: str, line_break: str) -> None:
     start = f"---{line_break}tags: [a]{line_break}other: 1 # mine{line_break}---{line_break}"
@@ -269,7 +269,7 @@ def test_front_matter_is_made_or_added_to(start: str) -> None:
         ("  a: 1", "not indented"),
         ("? [a, b]\n: 1", "no YAML"),
         ("1: a", "must be text"),
-        pytest.param("a: " + "[" * 5000, "no YAML", id="deep"),
+        pytest.param("a: " + "[" * 100_000, "64 deep", id="deep"),
         ("a: !!python/object:os.system x", "no YAML"),
         ("tags: {a: b}", "no list of words"),
         ("model-index: 5", "model-index"),
@@ -384,11 +384,17 @@ def block(name: str, of: Results | None = None) -> str:
     return BLOCKS[name](Offer(offered(of or results()), "tiny", {"prompts": ["wiki_sample"]}))
 
 
+def cells(text: str) -> list[list[str]]:
+    """Of all rows of tables but those under the headers."""
+    rows = [[one.strip() for one in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    return [row for row in rows if not set("".join(row)) <= {"-"}]
+
+
 def test_the_comparison_has_the_columns_of_published_cards_and_only_what_was_measured() -> None:
     text = block("comparison")
-    assert [cell.strip() for cell in text.splitlines()[0].split("|")[1:-1]] == list(TABLE_COLUMNS)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|Q")]
-    assert {row[0]: row[-2:] for row in rows[1:]} == {"Q2_K": ["-", "-"], "Q4_K_M": ["-", "-"]}
+    header, *rows = cells(text)
+    assert header == list(TABLE_COLUMNS)
+    assert {row[0]: row[-2:] for row in rows} == {"Q2_K": ["-", "-"], "Q4_K_M": ["-", "-"]}
     assert "placebo)" in text and "(placebo)" not in text.split("Key:")[0]
     improvements = text.split("Key Improvements:")[1].split("Tradeoffs:")[0]
     assert improvements.strip().startswith("- Q2_K: perplexity") and "Q4_K_M" not in improvements
@@ -419,7 +425,10 @@ def test_speed_is_told_where_it_was_timed(tmp_path: Path) -> None:
         SpeedPass("p", "2026-01-02T03:04:05+00:00", {**timing, "flash_attention": True}, environment, 0.0, cases, {}),
     )
     timed = load_results([folder])
-    assert "|4.2s     |4.2s    |" in block("comparison", timed)
+    assert {row[0]: row[-2:] for row in cells(block("comparison", timed))[1:]} == {
+        "Q2_K": ["4.2s", "4.2s"],
+        "Q4_K_M": ["-", "-"],
+    }
     formats = block("formats", timed)
     assert "286.7 and 8.0 tokens/s" in formats
     row = next(line for line in formats.splitlines() if "Q4_K (Q4_K_M)" in line)
