@@ -224,7 +224,8 @@ def method_block(offer: Offer) -> str:
 def recipes_block(offer: Offer) -> str:
     """Of every file the llama-quantize command that gives each tensor its type, folded away."""
     reference = offer.results.measured[0].data["reference"]
-    source = f"{file_name(reference['name'])}-{reference['file_type'] or 'f16'}.gguf"
+    stem, kind = file_name(reference["name"]), reference["file_type"] or "f16"
+    source = f"{stem}.gguf" if stem.lower().endswith(kind) else f"{stem}-{kind}.gguf"
     parts = [
         "Each file can be made with llama.cpp alone: one pattern a tensor, taken from the written file. The imatrix is "
         "the one described under the method."
