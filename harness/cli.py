@@ -22,6 +22,7 @@ verbs
   plan     show the type of every tensor, the file's bytes and the time, and do nothing
   compare  two measured cases on the same tokens: difference, interval, what this much text can resolve
   report   tables in all formats, plots and one page from finished sweeps, without llama.cpp: report results=DIR
+  card     the marked blocks and the metadata of a model card from finished sweeps: card CARD.md results=DIR
   audit    a published table in a model card or CSV: what is wrong, missing, or lost at equal size
   doctor   show versions, CPU features, memory, disk, cache, and whether the default inputs can be had
 
@@ -42,6 +43,7 @@ examples
   python -m harness sweep quant=iq1_m,iq2_s
   python -m harness plan quant=iq1_m mode=dynamicgate        (--json for programs)
   python -m harness compare iq1_m-dynamicgate iq1_m-standard
+  python -m harness card CARD.md results=results/NAME        (--new for a whole card, --check before an upload)
   python -m harness audit CARD.md                            (or TABLE.csv; --json for programs)
   python -m harness sweep model.path=my-f16.gguf quant=iq2_xs,iq2_s,q2_k prompts.n_windows=16
 
@@ -55,6 +57,22 @@ recomputed, and prints what is wrong, what is missing, what a standard file of t
 sentences of the card its table contradicts. A table about Llama 3 8B is also compared with published boards.
 
 exit codes: 0 read, whatever was found; 2 no file, or no such table in it
+"""
+
+CARD_HELP = """usage: python -m harness card CARD.md results=DIR [results=DIR2 ...] [--check | --new] [key=value ...]
+
+Makes the marked blocks of a model card and its metadata anew from finished sweeps, and leaves every other byte alone.
+A block stands between two lines of their own, <!-- harness:NAME --> and <!-- /harness:NAME -->, where NAME is one of
+comparison, files, formats, method, recipes. The same results always give the same card.
+
+  --check                  write nothing; say which parts of the card are stale
+  --new                    make a whole new card with every block
+  base_model=OWNER/NAME    of the hub: what was quantized; stays in the card once it is there
+  quantized_by=NAME        stays in the card once it is there
+  name=MODEL               in front of the files' names; default: as in the card's model-index, else the reference's
+  allow_different=FIELD    as in `report`
+
+exit codes: 0 written or current, 1 stale (--check), 2 bad input; a card is written whole or not at all
 """
 
 GROUPS = ("model", "prompts", "calibration", "quant", "mode", "policy", "measure", "runtime")
@@ -77,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "compare": _compare,
         "report": _report,
+        "card": _card,
         "audit": _audit,
         "doctor": _doctor,
     }
@@ -252,8 +271,8 @@ def _compare(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     """Plain settings of its own, not Hydra's: it must run where only pandas and matplotlib are."""
-    from harness.errors import UserError, nearest
-    from harness.record import MAY_DIFFER, RECORDS
+    from harness.errors import UserError
+    from harness.record import RECORDS
     from harness.report import load_results, write_full_report
 
     given: dict[str, list[str]] = {"results": [], "out": [], "allow_different": []}
@@ -262,9 +281,7 @@ def _report(arguments: list[str]) -> int:
         if not equals or key not in given or not value:
             raise UserError(f"report takes results=DIR, out=DIR and allow_different=FIELD, not {argument!r}")
         given[key] += value.split(",") if key == "allow_different" else [value]
-    for name in given["allow_different"]:
-        if name not in MAY_DIFFER:
-            raise UserError(f"allow_different={name}: such rows measure another thing.{nearest(name, MAY_DIFFER)}")
+    _require_may_differ(given["allow_different"])
     folders = [Path(one).expanduser() for one in given["results"]]
     if not folders:
         folders = sorted(path.parent for path in Path("results").glob(f"*/{RECORDS}"))
@@ -275,13 +292,78 @@ def _report(arguments: list[str]) -> int:
         raise UserError("out= is given twice: give one folder")
     if len(folders) > 1 and not given["out"]:
         raise UserError("several sweeps make a new report: say where with out=DIR")
-    for folder in folders:
-        if not (folder / RECORDS).is_dir():
-            raise UserError(f"results={folder}: no folder of a sweep (it has no {RECORDS}/)")
+    _require_sweeps(folders)
     out = Path(given["out"][0]).expanduser() if given["out"] else folders[0] / "report"
     report = write_full_report(load_results(folders, allow_different=given["allow_different"]), out)
     print(report.text)
     print("written:", *report.paths, sep="\n  ")
+    return 0
+
+
+def _require_may_differ(names: Sequence[str]) -> None:
+    from harness.errors import UserError, nearest
+    from harness.record import MAY_DIFFER
+
+    for name in names:
+        if name not in MAY_DIFFER:
+            raise UserError(f"allow_different={name}: such rows measure another thing.{nearest(name, MAY_DIFFER)}")
+
+
+def _require_sweeps(folders: Sequence[Path]) -> None:
+    from harness.errors import UserError
+    from harness.record import RECORDS
+
+    for folder in folders:
+        if not (folder / RECORDS).is_dir():
+            raise UserError(f"results={folder}: no folder of a sweep (it has no {RECORDS}/)")
+
+
+def _card(arguments: list[str]) -> int:
+    """Plain settings of its own, as `report`."""
+    from harness.errors import UserError
+    from harness.model_card import Settings, new_card, read_card, update_card, write_card
+    from harness.report import load_results
+
+    flags = [argument for argument in arguments if argument in ("--check", "--new")]
+    single = ("base_model", "quantized_by", "name")
+    given: dict[str, list[str]] = {name: [] for name in ("results", "allow_different", *single)}
+    cards = []
+    for argument in (one for one in arguments if one not in flags):
+        key, equals, value = argument.partition("=")
+        if equals and key in given and value:
+            given[key] += value.split(",") if key == "allow_different" else [value]
+        elif equals or argument.startswith("-"):
+            raise UserError(f"card takes CARD.md, --check or --new, and {'=, '.join(given)}=, not {argument!r}")
+        else:
+            cards.append(argument)
+    if len(cards) != 1 or len(flags) > 1 or not given["results"]:
+        raise UserError("card needs one file and one sweep: card CARD.md results=DIR (with --check or --new)")
+    twice = [name for name in single if len(given[name]) > 1]
+    if twice:
+        raise UserError(f"{twice[0]}= is given twice")
+    _require_may_differ(given["allow_different"])
+    folders = [Path(one).expanduser() for one in given["results"]]
+    _require_sweeps(folders)
+    path = Path(cards[0]).expanduser()
+    if flags == ["--new"] and os.path.lexists(path):
+        raise UserError(f"{path} is there already: --new overwrites nothing")
+    text = "" if flags == ["--new"] else read_card(path)
+    results = load_results(folders, allow_different=given["allow_different"])
+    settings = Settings(**{name: given[name][0] for name in single if given[name]})
+    shipped = {group: _options(group) for group in ("model", "prompts", "calibration", "policy")}
+    if flags == ["--new"]:
+        write_card(path, new_card(results, settings, shipped))
+        print(f"{path}: written")
+        return 0
+    update = update_card(text, results, settings, shipped)
+    if not update.changed:
+        print(f"{path}: current")
+        return 0
+    if flags == ["--check"]:
+        print(f"{path}: stale: {', '.join(update.changed)}")
+        return 1
+    write_card(path, update.text)
+    print(f"{path}: written: {', '.join(update.changed)}")
     return 0
 
 
@@ -408,8 +490,8 @@ def _setting_names() -> list[str]:
 
 
 def _verb_help(verb: str) -> str:
-    if verb == "audit":
-        return AUDIT_HELP
+    if verb in ("audit", "card"):
+        return AUDIT_HELP if verb == "audit" else CARD_HELP
     lines = [HELP.split("\n\nverbs", maxsplit=1)[0].replace("VERB", verb), "", "groups (GROUP=OPTION)"]
     for group in (*GROUPS, "+experiment"):
         lines.append(f"  {group:<12} {_wrapped(_options(group.lstrip('+')))}")
