@@ -393,7 +393,7 @@ def _line_break(text: str) -> str:
 
 _INTRODUCTION = (
     "Quantized files of {name} for llama.cpp, with the measured cost of each: perplexity, KL divergence from the "
-    "unquantized model, and size, all on the same text."
+    "reference, and size, all on the same text."
 )
 _HEADINGS = {
     "files": "Files",
