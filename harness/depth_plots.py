@@ -15,10 +15,9 @@ from matplotlib.ticker import MaxNLocator
 from harness.plot_frames import series_of
 from harness.plots import DPI, WIDTH_INCHES, heading, log_axis, styles
 
-# Okabe and Ito's palette without its yellow, which is lost on white, and a grey.
 _LINES = (
-    *(("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"), ("#CC79A7", "D")),
-    *(("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"), ("#777777", "*")),
+    *(("o", "-"), ("s", "--"), ("D", ":"), ("^", "-.")),
+    *(("v", (0, (5, 1))), ("P", (0, (1, 3))), ("X", (0, (3, 1, 1, 1))), ("*", (0, (8, 3)))),
 )
 
 
@@ -28,9 +27,9 @@ def plot_types(types: pd.DataFrame, title: str) -> Figure:
     quants = list(dict.fromkeys(types.quant))
     levels = sorted({*types.bpw, *types.standard_bpw})
     names = [_types_of(types, level) for level in levels]
-    colours = ListedColormap(colormaps["cividis"](np.linspace(0, 1, len(levels))))
+    colours = ListedColormap(colormaps["viridis"](np.linspace(0, 1, len(levels))))
     n_roles = max(_grid(types[types.quant == quant], "bpw").shape[0] for quant in quants)
-    height = 0.9 + len(quants) * (0.95 + 0.16 * n_roles)
+    height = 1.0 + len(quants) * (0.75 + 0.16 * n_roles)
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(quants), 2, squeeze=False, sharey="row")
     norm = BoundaryNorm(np.arange(len(levels) + 1) - 0.5, len(levels))
@@ -52,12 +51,13 @@ def plot_types(types: pd.DataFrame, title: str) -> Figure:
             axes.set_facecolor("#EEEEEE")
             axes.set_yticks(range(len(bpw)), list(bpw.index), fontsize=7)
             axes.set_title(f"{quant.upper()} {name}", fontsize=9)
-            axes.set_xlabel(f"layer\n{_outside(rows, f'{column}_type'.lstrip('_'))}".strip(), fontsize=8)
+            below = _outside(rows, f"{column}_type".lstrip("_"))
+            axes.set_xlabel("\n".join(filter(None, (below, "layer" if quant == quants[-1] else ""))), fontsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.tick_params(axis="x", labelsize=8)
         left.invert_yaxis()  # both panels: they share it
         _mark_changes(right, rows, list(_grid(rows, "bpw").index))
-    bar = figure.colorbar(image, ax=panels, ticks=range(len(levels)), aspect=40, fraction=0.05)
+    bar = figure.colorbar(image, ax=panels, ticks=range(len(levels)), aspect=20 * len(quants), fraction=0.05)
     bar.ax.set_yticklabels(names, fontsize=7)
     bar.set_label("bits per weight", fontsize=8)
     figure.suptitle(heading(title, "tensor types; ▲ more and ▼ fewer bits than standard"), fontsize=10)
@@ -99,7 +99,7 @@ def plot_layers(layers: pd.DataFrame, title: str) -> Figure:
     quants = list(dict.fromkeys(layers.quant))
     n_columns = min(2, len(quants))
     n_rows = -(-len(quants) // n_columns)
-    figure = Figure(figsize=(WIDTH_INCHES, 0.9 + 2.5 * n_rows), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH_INCHES, 1.5 + 2.1 * n_rows), dpi=DPI, layout="constrained")
     panels = figure.subplots(n_rows, n_columns, sharey=True, sharex=True, squeeze=False).ravel()
     series = [series_of(name, quant) for name, quant in zip(layers["name"], layers.quant, strict=True)]
     kinds = styles(series)
@@ -119,9 +119,12 @@ def plot_layers(layers: pd.DataFrame, title: str) -> Figure:
         log_axis(panels[0], layers.error)
     for axes in panels[len(quants) :]:
         axes.set_visible(False)
-    figure.supxlabel("layer", fontsize=9)
-    figure.supylabel("relative error, |variant - reference| / |reference|", fontsize=9)
-    figure.suptitle(heading(title, "error of the hidden state; bands are 95 % intervals"), fontsize=10)
+    for axes in panels[max(0, len(quants) - n_columns) : len(quants)]:
+        axes.set_xlabel("layer", fontsize=9)
+        axes.tick_params(labelbottom=True)
+    figure.supylabel("relative error", fontsize=9)
+    what = "error of the hidden state, |variant - reference| / |reference|; bands are 95 % intervals"
+    figure.suptitle(heading(title, what), fontsize=10)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=9)
     return figure
 
@@ -144,7 +147,7 @@ def plot_kld_distribution(quantiles: pd.DataFrame, title: str) -> Figure:
     axes.set_xscale("log")
     axes.set_xlabel("KLD of a token (nats)")
     axes.grid(alpha=0.3, axis="x")
-    what = "line: 5 to 95 % of the tokens; thick: 25 to 75 %; circle: median; diamond: mean; ticks: 99 % and 99.9 %"
+    what = "of single tokens: line 5 to 95 %, thick 25 to 75 %, ticks 99 and 99.9 %; circle median, diamond mean"
     axes.set_title(heading(title, what), fontsize=10)
     return figure
 
@@ -156,9 +159,14 @@ def plot_position(positions: pd.DataFrame, n_variants: int, title: str) -> Figur
     names = list(dict.fromkeys(positions["name"]))[::-1]  # the worst first: the order of the lines
     means = positions.delta_nll
     log = means.min() > 0 and means.max() > 10 * means.min()
-    for name, (colour, marker) in zip(names, _LINES, strict=False):
+    kinds = styles(positions.series)
+    quants = list(dict.fromkeys(positions.quant[::-1]))  # a colour a mode as everywhere, a marker and dashes a quant
+    for name in names:
         rows = positions[positions["name"] == name]
-        axes.plot(rows.position, rows.delta_nll, marker=marker, markersize=5, color=colour, label=name)
+        quant, (colour, _, label) = rows.quant.iloc[0], kinds[rows.series.iloc[0]]
+        marker, dashes = _LINES[quants.index(quant) % len(_LINES)]
+        line = {"marker": marker, "linestyle": dashes, "markersize": 5, "color": colour}
+        axes.plot(rows.position, rows.delta_nll, label=f"{quant.upper()} {label}", **line)
         axes.fill_between(rows.position, rows.low, rows.high, color=colour, alpha=0.13, linewidth=0)
     if log:
         log_axis(axes, means)
@@ -166,7 +174,8 @@ def plot_position(positions: pd.DataFrame, n_variants: int, title: str) -> Figur
         axes.axhline(0, color="#000000", linewidth=0.8)
     axes.set_xlabel("position of the token in its window")
     axes.set_ylabel("mean nll above the reference's (nats)")
-    shown = "" if len(names) == n_variants else f"; the best and worst {len(names)} of {n_variants}"
+    half = len(names) // 2
+    shown = "" if len(names) == n_variants else f"; the {half} best and {len(names) - half} worst of {n_variants}"
     bands = "bands are 95 % intervals over the windows" if positions.low.notna().any() else "one window: no bands"
     axes.set_title(heading(title, f"loss by position, in blocks of tokens; {bands}{shown}"), fontsize=10)
     axes.grid(alpha=0.3)

@@ -46,7 +46,7 @@ def page(
     findings: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """The whole page. pictures: PNG -> caption; findings: kind, what, why, todo, cases; facts: section -> name -> value."""
+    """The whole page. pictures: PNG -> caption; findings: kind, what, why, todo, cases; facts: by section."""
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts += ["<h2>Summary</h2>", "<ul>", *(f"<li>{html.escape(line)}</li>" for line in summary), "</ul>"]
     for table in tables:

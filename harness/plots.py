@@ -40,7 +40,7 @@ def styles(series: Iterable[str]) -> dict[str, tuple[str, str, str]]:
 
 def heading(title: str, *lines: str) -> str:
     """The title and what the marks mean, wrapped to the figure's width."""
-    return "\n".join(part for line in (title, *lines) if line for part in textwrap.wrap(line, 96))
+    return "\n".join(part for line in (title, *lines) if line for part in textwrap.wrap(line, 88))
 
 
 def plot_tradeoff(
@@ -63,7 +63,8 @@ def plot_tradeoff(
         )
     front = points[points.on_front].sort_values("size_mib")
     if len(front) > 1:
-        axes.plot(front.size_mib, front.value, color="#999999", linewidth=4, alpha=0.35, zorder=1, label="Pareto front")
+        steps = {"drawstyle": "steps-post", "linewidth": 4, "alpha": 0.35}
+        axes.plot(front.size_mib, front.value, color="#999999", zorder=1, label="Pareto front", **steps)
     for row in points[points.from_value.notna()].to_dict("records"):
         axes.annotate(
             "",
@@ -174,9 +175,10 @@ def log_axis(axes: Axes, values: Iterable[float]) -> None:
     """A log axis with plain numbers (0.1, 0.2, 0.5) that holds the values and at least a factor of two."""
     values = [value for value in values if value > 0]
     axes.set_yscale("log")
-    axes.set_ylim(min(values) / 1.6, max(values) * 1.6)
-    decades = max(values) / min(values)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if decades < 30 else (1, 3), numticks=30))
+    ratio = max(values) / min(values)
+    margin = 1.6 if ratio < 3 else 1.25
+    axes.set_ylim(min(values) / margin, max(values) * margin)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if ratio < 30 else (1, 3), numticks=30))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -217,14 +219,14 @@ def _label(figure: Figure, axes: Axes, rows: pd.DataFrame, column: str) -> None:
             continue
         text = row["quant"].upper()
         width, height = 0.66 * _LABEL_POINTS * len(text) * pixels, 1.15 * _LABEL_POINTS * pixels
-        best, least = None, float("inf")
+        best, least, far = None, float("inf"), False
         for i, (right, up) in enumerate(_PLACES):
             centre = (x + right * (width / 2 + 5 * pixels), y + up * (height / 2 + 5 * pixels))
             box = _box(centre, width / 2, height / 2)
             out = box[0] < frame.x0 or box[2] > frame.x1 or box[1] < frame.y0 or box[3] > frame.y1
             cost = sum(_overlap(box, other) for other in taken) + 1e6 * out + 0.5 * i
             if cost < least:
-                best, least = (centre, box), cost
+                best, least, far = (centre, box), cost, max(abs(right), abs(up)) > 1
         assert best is not None
         centre, box = best
         taken.append(box)
@@ -237,6 +239,7 @@ def _label(figure: Figure, axes: Axes, rows: pd.DataFrame, column: str) -> None:
             va="center",
             fontsize=_LABEL_POINTS,
             color=colours[row["series"]][0],
+            arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.5, "shrinkB": 3} if far else None,
             zorder=5,
         )
 
