@@ -3,6 +3,7 @@ draw frames of `harness.plot_frames` and `harness.pass_frames` and compute nothi
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,10 +16,16 @@ from matplotlib.ticker import MaxNLocator
 from harness.plot_frames import series_of
 from harness.plots import DPI, WIDTH_INCHES, heading, log_axis, styles
 
-_LINES = (
-    *(("o", "-"), ("s", "--"), ("D", ":"), ("^", "-.")),
-    *(("v", (0, (5, 1))), ("P", (0, (1, 3))), ("X", (0, (3, 1, 1, 1))), ("*", (0, (8, 3)))),
-)
+_DASHES: tuple[Any, ...] = (
+    "-",
+    "--",
+    ":",
+    "-.",
+    (0, (5, 1)),
+    (0, (1, 3)),
+    (0, (3, 1, 1, 1)),
+    (0, (8, 3)),
+)  # a quant each
 
 
 def plot_types(types: pd.DataFrame, title: str) -> Figure:
@@ -160,13 +167,19 @@ def plot_position(positions: pd.DataFrame, n_variants: int, title: str) -> Figur
     means = positions.delta_nll
     log = means.min() > 0 and means.max() > 10 * means.min()
     kinds = styles(positions.series)
-    quants = list(dict.fromkeys(positions.quant[::-1]))  # a colour a mode as everywhere, a marker and dashes a quant
+    quants = list(dict.fromkeys(positions.quant[::-1]))  # colour and marker a mode as everywhere, dashes a quant
     for name in names:
         rows = positions[positions["name"] == name]
-        quant, (colour, _, label) = rows.quant.iloc[0], kinds[rows.series.iloc[0]]
-        marker, dashes = _LINES[quants.index(quant) % len(_LINES)]
-        line = {"marker": marker, "linestyle": dashes, "markersize": 5, "color": colour}
-        axes.plot(rows.position, rows.delta_nll, label=f"{quant.upper()} {label}", **line)
+        quant, (colour, marker, label) = rows.quant.iloc[0], kinds[rows.series.iloc[0]]
+        axes.plot(
+            rows.position,
+            rows.delta_nll,
+            label=f"{quant.upper()} {label}",
+            color=colour,
+            marker=marker,
+            markersize=5,
+            linestyle=_DASHES[quants.index(quant) % len(_DASHES)],
+        )
         axes.fill_between(rows.position, rows.low, rows.high, color=colour, alpha=0.13, linewidth=0)
     if log:
         log_axis(axes, means)

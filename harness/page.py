@@ -10,7 +10,7 @@ from harness.formats import html_table
 from harness.tables import Table
 
 _CSS = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1240px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
@@ -22,7 +22,8 @@ figure { margin: 1.5em 0; } img { max-width: min(100%, 800px); height: auto; }
 figcaption { color: #555; font-size: 13px; }
 .finding { border-left: 4px solid #E69F00; padding-left: .8em; margin: .8em 0; }
 .finding b { font-family: monospace; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2em 1em; } dt { color: #666; } dd { margin: 0; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2em 1em; } dt { color: #666; }
+dd { margin: 0; overflow-wrap: anywhere; }
 """
 # Sorts by the number a cell begins with, else by its text; a second click turns the order.
 _SCRIPT = """

@@ -63,8 +63,16 @@ def plot_tradeoff(
         )
     front = points[points.on_front].sort_values("size_mib")
     if len(front) > 1:
-        steps = {"drawstyle": "steps-post", "linewidth": 4, "alpha": 0.35}
-        axes.plot(front.size_mib, front.value, color="#999999", zorder=1, label="Pareto front", **steps)
+        axes.step(
+            front.size_mib,
+            front.value,
+            where="post",
+            color="#999999",
+            linewidth=4,
+            alpha=0.35,
+            zorder=1,
+            label="Pareto front",
+        )
     for row in points[points.from_value.notna()].to_dict("records"):
         axes.annotate(
             "",
@@ -84,7 +92,8 @@ def plot_tradeoff(
     if reference is not None and not kld:
         label = f"reference: {reference['ppl']:.2f} at {reference['file_bytes'] / MIB:.0f} MiB"
         axes.axhline(reference["ppl"], color="#555555", linestyle="--", linewidth=1, label=label)
-    values = [*points.value, *([reference["ppl"]] if reference is not None and not kld else [])]
+    values = [*points.value, *(board.kld if kld else board.ppl)]
+    values += [reference["ppl"]] if reference is not None and not kld else []
     if kld or max(values) > 3 * min(values):
         log_axis(axes, values)
     axes.margins(x=0.1, y=0.12)

@@ -247,7 +247,9 @@ def _facts(results: Results) -> dict[str, dict[str, Any]]:
             "PPL": "exp(mean nll) over the second half of each window, as llama-perplexity -c 2048",
             "KLD": "KL(reference || variant) over the whole vocabulary, per scored token, nats",
             "[a, b]": "95 % interval of a paired difference, studentized bootstrap over blocks of tokens",
+            "±": "one standard error, tokens taken as independent",
             "equal size": "against the two standard files around it, interpolated in bytes on the same tokens",
+            "*": "no other file is smaller and better",
         },
         "Settings": {
             "reference": f"{reference['name']} {reference['file_type']}",
