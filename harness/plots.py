@@ -145,9 +145,11 @@ def plot_delta(deltas: pd.DataFrame, title: str) -> Figure:
     low_x, high_x = axes.get_xlim()
     edges = deltas[["delta_pct", "low_pct", "high_pct"]].to_numpy(float)
     least, most = float(np.nanmin(edges)), float(np.nanmax(edges))
-    axes.set_xlim(0 if least >= 0 else low_x, 0 if most <= 0 else high_x)
     if least == most == 0:
-        axes.set_xlim(-1, 1)
+        low_x, high_x = -1.0, 1.0
+    else:
+        low_x, high_x = 0.0 if least >= 0 else low_x, 0.0 if most <= 0 else high_x
+    axes.set_xlim(low_x, high_x)
     axes.set_xlabel("change of perplexity against the standard file (%, below 0 is better)")
     bars = "paired, with 95 % intervals" if deltas.low_pct.notna().any() else "paired; too few tokens for intervals"
     only = "" if len(kinds) != 1 else f"{next(iter(kinds.values()))[2]} against standard; "
