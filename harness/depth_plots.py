@@ -154,8 +154,8 @@ def plot_kld_distribution(quantiles: pd.DataFrame, title: str) -> Figure:
     axes.set_xscale("log")
     axes.set_xlabel("KLD of a token (nats)")
     axes.grid(alpha=0.3, axis="x")
-    what = "of single tokens: line 5 to 95 %, thick 25 to 75 %, ticks 99 and 99.9 %; circle median, diamond mean"
-    axes.set_title(heading(title, what), fontsize=10)
+    what = "line: 5 to 95 % of the tokens, thick: 25 to 75 %, ticks: 99 and 99.9 %"
+    axes.set_title(heading(title, "KLD of single tokens", f"{what}; circle: median, diamond: mean"), fontsize=10)
     return figure
 
 
@@ -188,9 +188,11 @@ def plot_position(positions: pd.DataFrame, n_variants: int, title: str) -> Figur
     axes.set_xlabel("position of the token in its window")
     axes.set_ylabel("mean nll above the reference's (nats)")
     half = len(names) // 2
-    shown = "" if len(names) == n_variants else f"; the {half} best and {len(names) - half} worst of {n_variants}"
+    shown = (
+        "" if len(names) == n_variants else f"the {half} best and {len(names) - half} worst of {n_variants} variants"
+    )
     bands = "bands are 95 % intervals over the windows" if positions.low.notna().any() else "one window: no bands"
-    axes.set_title(heading(title, f"loss by position, in blocks of tokens; {bands}{shown}"), fontsize=10)
+    axes.set_title(heading(title, f"loss by position, in blocks of tokens; {bands}", shown), fontsize=10)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, handlelength=5)
     return figure
