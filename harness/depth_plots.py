@@ -138,7 +138,7 @@ def plot_layers(layers: pd.DataFrame, title: str) -> Figure:
 
 def plot_kld_distribution(quantiles: pd.DataFrame, title: str) -> Figure:
     """How the KLD of single tokens is spread: a line with its quantiles for each variant, log axis."""
-    figure = Figure(figsize=(WIDTH_INCHES, 1.8 + 0.25 * len(quantiles)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH_INCHES, 1.9 + 0.25 * len(quantiles)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     kinds = styles(quantiles.series)
     for place, row in enumerate(quantiles.to_dict("records")):
@@ -155,7 +155,7 @@ def plot_kld_distribution(quantiles: pd.DataFrame, title: str) -> Figure:
     axes.set_xlabel("KLD of a token (nats)")
     axes.grid(alpha=0.3, axis="x")
     what = "line: 5 to 95 % of the tokens, thick: 25 to 75 %, ticks: 99 and 99.9 %"
-    axes.set_title(heading(title, "KLD of single tokens", f"{what}; circle: median, diamond: mean"), fontsize=10)
+    axes.set_title(heading(title, "KLD of single tokens; circle: median, diamond: mean", what), fontsize=10)
     return figure
 
 
