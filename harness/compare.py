@@ -83,9 +83,14 @@ def equal_size_verdict(case: Measured, ladder: Sequence[Measured]) -> Verdict:
 
 
 def dominators(cases: Sequence[Measured]) -> dict[str, str]:
-    """For each dominated case the name of the best one that is no larger and has a lower perplexity beyond noise."""
+    """For each dominated case the name of the best one that is no larger and has a lower perplexity beyond noise.
+
+    A placebo dominates nothing: it is not for use.
+    """
     found = {}
-    best_first = sorted(cases, key=lambda one: float(one.nll.mean()))
+    best_first = sorted(
+        (one for one in cases if not one.mode.startswith("placebo")), key=lambda one: float(one.nll.mean())
+    )
     for case in cases:
         mean = float(case.nll.mean())
         for other in best_first:

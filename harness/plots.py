@@ -1,116 +1,268 @@
-"""Pictures from the tables of `harness.report`. Reads no records and no models."""
+"""Plots of whole files: perplexity, KLD and speed against size, change of perplexity. They draw frames of
+`harness.plot_frames` and compute nothing. A figure is 8 inches wide: readable where a model card shows it at 800 px.
+"""
 
-from pathlib import Path
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from harness.plot_frames import MIB
+
+WIDTH_INCHES = 8.0
+DPI = 120
+FEW = 8  # up to so many points each has a label of its own
 # Okabe and Ito's palette: told apart by colour-blind readers; markers differ as well.
+OTHER_STYLES = (("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
 _STYLES = {
     "standard": ("#0072B2", "o", "standard"),
     "dynamicgate": ("#D55E00", "^", "DynamicGate"),
+    "placebo+dynamicgate": ("#009E73", "s", "placebo"),
 }
-_OTHER_STYLES = (("#009E73", "s"), ("#CC79A7", "D"), ("#E69F00", "v"))
-_MIB = 1 << 20
+_LABEL_POINTS = 8  # size of the labels beside points
+# Where a label may stand, in points from the middle of its own box: beside the point first, then further away.
+_PLACES = tuple((s * x, s * y) for s in (1, 1.7, 2.6) for x, y in ((1, 1), (-1, -1), (1, -1), (-1, 1), (0, 1), (0, -1)))
 
 
-def plot_tradeoff(runs: pd.DataFrame, title: str, path: Path, kind: str = "png") -> None:
-    """Perplexity against file size, with one standard error; an arrow leads from standard to the other mode."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+def styles(series: Iterable[str]) -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and label of each series, the well-known ones first and always alike."""
+    present = list(dict.fromkeys(series))
+    found = {name: style for name, style in _STYLES.items() if name in present}
+    for i, name in enumerate(one for one in present if one not in _STYLES):
+        found[name] = (*OTHER_STYLES[i % len(OTHER_STYLES)], name)
+    return found
 
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+
+def heading(title: str, *lines: str) -> str:
+    """The title and what the marks mean, wrapped to the figure's width."""
+    return "\n".join(part for line in (title, *lines) if line for part in textwrap.wrap(line, 88))
+
+
+def plot_tradeoff(
+    points: pd.DataFrame, title: str, reference: Mapping[Any, Any] | None, board: pd.DataFrame, *, kld: bool = False
+) -> Figure:
+    """Perplexity (or mean KLD, log axis) against file size, with bars; the Pareto front; arrows from standard to the
+    other modes. reference: its row of the runs; board: published points, drawn faintly."""
+    figure = Figure(figsize=(WIDTH_INCHES, 5.4), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    variants = runs[runs["mode"] != "reference"]
-    styles = dict(_STYLES)
-    for mode in [m for m in dict.fromkeys(variants["mode"]) if m not in styles]:
-        styles[mode] = (*_OTHER_STYLES[(len(styles) - 2) % len(_OTHER_STYLES)], mode)
-    for mode, (colour, marker, label) in styles.items():
-        rows = variants[variants["mode"] == mode]
-        if len(rows):
-            axes.errorbar(
-                rows.file_bytes / _MIB,
-                rows.ppl,
-                yerr=rows.ppl_se.astype(float),
-                fmt=marker,
-                color=colour,
-                label=label,
-                markersize=8,
-                capsize=3,
-                linestyle="none",
-                zorder=3,
-            )
-    for quant in dict.fromkeys(variants.quant):
-        rows = variants[variants.quant == quant]
-        start = rows[rows["mode"] == "standard"]
-        for row in rows.itertuples():
-            above = row.mode == "standard" or not len(start)
-            axes.annotate(
-                str(quant).upper(),
-                (row.file_bytes / _MIB, row.ppl),
-                xytext=(8, 8 if above else -14),
-                textcoords="offset points",
-                fontsize=9,
-                color=styles[str(row.mode)][0],
-            )
-            if len(start) and row.mode != "standard":
-                axes.annotate(
-                    "",
-                    (row.file_bytes / _MIB, row.ppl),
-                    (start.file_bytes.iloc[0] / _MIB, start.ppl.iloc[0]),
-                    arrowprops={"arrowstyle": "->", "color": "#888888", "shrinkA": 7, "shrinkB": 7},
-                )
-    for row in runs[runs["mode"] == "reference"].to_dict("records"):
-        label = f"reference: {row['ppl']:.2f} at {row['file_bytes'] / _MIB:.0f} MiB"
-        axes.axhline(row["ppl"], color="#555555", linestyle="--", linewidth=1, label=label)
-    if len(variants) and runs.ppl.max() > 3 * runs.ppl.min():
-        axes.set_yscale("log")
-        _plain_log_ticks(axes)
-    axes.margins(x=0.15, y=0.15)
+    few = len(points) <= FEW
+    if len(board):
+        axes.plot(
+            board.size_mib,
+            board.kld if kld else board.ppl,
+            "x",
+            color="#BBBBBB",
+            markersize=5,
+            zorder=1,
+            label="llama.cpp's board (Wikitext-2, 512-token windows)",
+        )
+    front = points[points.on_front].sort_values("size_mib")
+    if len(front) > 1:
+        axes.step(
+            front.size_mib,
+            front.value,
+            where="post",
+            color="#999999",
+            linewidth=4,
+            alpha=0.35,
+            zorder=1,
+            label="Pareto front",
+        )
+    for row in points[points.from_value.notna()].to_dict("records"):
+        axes.annotate(
+            "",
+            (row["size_mib"], row["value"]),
+            (row["from_mib"], row["from_value"]),
+            arrowprops={
+                "arrowstyle": "->",
+                "color": "#777777" if few else "#AAAAAA",
+                "linewidth": 1.2 if few else 0.7,
+                "shrinkA": 5,
+                "shrinkB": 5,
+            },
+            zorder=2,
+        )
+    for series, style in styles(points.series).items():
+        _errorbars(axes, points[points.series == series], "value", style, 8 if few else 5)
+    if reference is not None and not kld:
+        label = f"reference: {reference['ppl']:.2f} at {reference['file_bytes'] / MIB:.0f} MiB"
+        axes.axhline(reference["ppl"], color="#555555", linestyle="--", linewidth=1, label=label)
+    values = [*points.value, *(board.kld if kld else board.ppl)]
+    values += [reference["ppl"]] if reference is not None and not kld else []
+    if kld or max(values) > 3 * min(values):
+        log_axis(axes, values)
+    axes.margins(x=0.1, y=0.12)
     axes.set_xlabel("file size (MiB)")
-    axes.set_ylabel("perplexity (lower is better)")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, format=kind)
+    axes.set_ylabel("mean KLD (nats, lower is better)" if kld else "perplexity (lower is better)")
+    what = (
+        "mean KL(reference || variant); bars are 95 % intervals" if kld else "perplexity; bars are one standard error"
+    )
+    if points.low.isna().all():
+        what = "mean KL(reference || variant); too few tokens for intervals" if kld else "perplexity"
+    axes.set_title(heading(title, what), fontsize=10)
+    axes.grid(alpha=0.3, which="both" if kld else "major")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+    _label(figure, axes, points, "value")
+    return figure
 
 
-def plot_layers(layers: pd.DataFrame, title: str, path: Path, kind: str = "png") -> None:
-    """Relative error of the hidden state after each layer, with its interval; one panel a quant, one line a mode."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+def plot_delta(deltas: pd.DataFrame, title: str) -> Figure:
+    """Change of perplexity against the standard file, per cent, as bars with their 95 % intervals."""
+    height = 1.5 + 0.27 * len(deltas)
+    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    kinds = styles(deltas.series)
+    labels = [
+        row["quant"].upper() + ("" if len(kinds) == 1 else f" {kinds[row['series']][2]}")
+        for row in deltas.to_dict("records")
+    ]
+    for place, row in enumerate(deltas.to_dict("records")):
+        delta, low, high = (row[name] for name in ("delta_pct", "low_pct", "high_pct"))
+        known = pd.notna(low) and pd.notna(high)
+        axes.barh(place, delta, height=0.7, color=kinds[row["series"]][0], alpha=0.8)
+        if known:
+            axes.errorbar(delta, place, xerr=[[delta - low], [high - delta]], color="#000000", capsize=3, linewidth=1)
+        right = delta >= 0
+        axes.annotate(
+            f"{delta:+.1f} %",
+            ((max(delta, high) if right else min(delta, low)) if known else delta, place),
+            xytext=(5 if right else -5, 0),
+            textcoords="offset points",
+            ha="left" if right else "right",
+            va="center",
+            fontsize=8,
+        )
+    axes.axvline(0, color="#000000", linewidth=0.8)
+    axes.set_yticks(range(len(labels)), labels, fontsize=9)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.margins(x=0.16)
+    # The axis begins at 0 on one side where all bars point the same way.
+    low_x, high_x = axes.get_xlim()
+    edges = deltas[["delta_pct", "low_pct", "high_pct"]].to_numpy(float)
+    least, most = float(np.nanmin(edges)), float(np.nanmax(edges))
+    if least == most == 0:
+        low_x, high_x = -1.0, 1.0
+    else:
+        low_x, high_x = 0.0 if least >= 0 else low_x, 0.0 if most <= 0 else high_x
+    axes.set_xlim(low_x, high_x)
+    axes.set_xlabel("change of perplexity against the standard file (%, below 0 is better)")
+    bars = "paired, with 95 % intervals" if deltas.low_pct.notna().any() else "paired; too few tokens for intervals"
+    only = "" if len(kinds) != 1 else f"{next(iter(kinds.values()))[2]} against standard; "
+    axes.set_title(heading(title, f"change of perplexity; {only}{bars}"), fontsize=10)
+    axes.grid(alpha=0.3, axis="x")
+    return figure
 
-    quants = list(dict.fromkeys(layers.quant))
-    n_columns = min(3, len(quants))
-    n_rows = -(-len(quants) // n_columns)
-    figure = Figure(figsize=(max(6, 4 * n_columns), 3.6 * n_rows), dpi=120, layout="constrained")
-    panels = figure.subplots(n_rows, n_columns, sharey=True, squeeze=False).ravel()
-    for axes, quant in zip(panels, quants, strict=False):
-        of_quant = layers[layers.quant == quant]
-        others = iter(_OTHER_STYLES * len(of_quant))
-        for name in dict.fromkeys(of_quant["name"]):
-            rows = of_quant[of_quant["name"] == name]
-            mode = str(rows["mode"].iloc[0])
-            plain = name == f"{quant}-{mode}"  # a policy under another name gets a colour of its own
-            colour, marker, label = _STYLES[mode] if plain and mode in _STYLES else (*next(others), name)
-            x = rows.layer.astype(int)
-            axes.plot(x, rows.error, marker=marker, markersize=3, color=colour, label=label)
-            axes.fill_between(x, rows.error_low.astype(float), rows.error_high.astype(float), color=colour, alpha=0.2)
-        axes.set_title(str(quant).upper(), fontsize=10)
-        axes.set_xlabel("layer")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+def plot_speed(points: pd.DataFrame, title: str) -> Figure:
+    """Tokens/s of generation and of prompt processing against file size; bars from the slowest to the fastest round."""
+    figure = Figure(figsize=(WIDTH_INCHES, 4.6), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, (step, name) in zip(panels, (("generate", "generation"), ("prompt", "prompt processing")), strict=True):
+        of_step = points[points.step == step]
+        variants = of_step[of_step.series != "reference"]
+        for series, style in styles(variants.series).items():
+            rows = variants[variants.series == series]
+            _errorbars(axes, rows, "tokens_per_s", style, 7 if len(variants) <= FEW else 5)
+        for row in of_step[of_step.series == "reference"].to_dict("records"):
+            label = f"reference, {row['size_mib']:.0f} MiB"
+            axes.axhline(row["tokens_per_s"], color="#555555", linestyle="--", linewidth=1, label=label)
+        axes.margins(x=0.14, y=0.14)
+        axes.set_xlabel("file size (MiB)")
+        axes.set_ylabel(f"{name} (tokens/s)")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    for axes in panels[len(quants) :]:
-        axes.set_visible(False)
-    figure.supylabel("relative error, |variant - reference| / |reference|", fontsize=9)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, format=kind)
+    figure.suptitle(heading(title, "median of the timing pass; bars from slowest to fastest round"), fontsize=10)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    for axes, step in zip(panels, ("generate", "prompt"), strict=True):
+        _label(figure, axes, points[(points.step == step) & (points.series != "reference")], "tokens_per_s")
+    return figure
 
 
-def _plain_log_ticks(axes: object) -> None:
-    """10, 20, 50 instead of powers of ten."""
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+def log_axis(axes: Axes, values: Iterable[float]) -> None:
+    """A log axis with plain numbers (0.1, 0.2, 0.5) that holds the values and at least a factor of two."""
+    values = [value for value in values if value > 0]
+    axes.set_yscale("log")
+    ratio = max(values) / min(values)
+    margin = 1.6 if ratio < 3 else 1.25
+    axes.set_ylim(min(values) / margin, max(values) * margin)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if ratio < 30 else (1, 3), numticks=30))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
-    axis = axes.yaxis  # type: ignore[attr-defined]
-    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.set_major_formatter(ScalarFormatter())
-    axis.set_minor_formatter(NullFormatter())
+
+def _errorbars(axes: Axes, rows: pd.DataFrame, column: str, style: tuple[str, str, str], marker_points: float) -> None:
+    """One series of points with their bars, from `low` to `high`, where they are known."""
+    colour, marker, label = style
+    known = rows.low.notna() & rows.high.notna()
+    axes.plot(
+        rows.size_mib,
+        rows[column],
+        marker,
+        color=colour,
+        label=label,
+        markersize=marker_points,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        zorder=4,
+    )
+    axes.vlines(rows.size_mib[known], rows.low[known], rows.high[known], color=colour, linewidth=1.2, zorder=3)
+
+
+def _label(figure: Figure, axes: Axes, rows: pd.DataFrame, column: str) -> None:
+    """Name the quants beside their points, each where it covers least. Many points: only the standard ladder, and the
+    quants that are not on it."""
+    figure.draw_without_rendering()  # places the axes, so that points have their pixels
+    pixels = figure.dpi / 72
+    middle = [tuple(xy) for xy in axes.transData.transform(rows[["size_mib", column]].to_numpy(float))]
+    taken = [_box(xy, 5 * pixels, 5 * pixels) for xy in middle]
+    for row in rows[rows.low.notna() & rows.high.notna()].to_dict("records"):
+        (x, low), (_, high) = axes.transData.transform([(row["size_mib"], row["low"]), (row["size_mib"], row["high"])])
+        taken.append((float(x) - 2, float(low), float(x) + 2, float(high)))
+    frame = axes.get_window_extent()
+    ladder = set(rows.quant[rows.series == "standard"])
+    colours = styles(rows.series)
+    for row, (x, y) in zip(rows.to_dict("records"), middle, strict=True):
+        if len(rows) > FEW and row["series"] != "standard" and row["quant"] in ladder:
+            continue
+        text = row["quant"].upper()
+        width, height = 0.66 * _LABEL_POINTS * len(text) * pixels, 1.15 * _LABEL_POINTS * pixels
+        best, least, far = None, float("inf"), False
+        for i, (right, up) in enumerate(_PLACES):
+            centre = (x + right * (width / 2 + 5 * pixels), y + up * (height / 2 + 5 * pixels))
+            box = _box(centre, width / 2, height / 2)
+            out = box[0] < frame.x0 or box[2] > frame.x1 or box[1] < frame.y0 or box[3] > frame.y1
+            cost = sum(_overlap(box, other) for other in taken) + 1e6 * out + 0.5 * i
+            if cost < least:
+                best, least, far = (centre, box), cost, max(abs(right), abs(up)) > 1
+        assert best is not None
+        centre, box = best
+        taken.append(box)
+        axes.annotate(
+            text,
+            (row["size_mib"], row[column]),
+            xytext=((centre[0] - x) / pixels, (centre[1] - y) / pixels),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=_LABEL_POINTS,
+            color=colours[row["series"]][0],
+            arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.5, "shrinkB": 3} if far else None,
+            zorder=5,
+        )
+
+
+Box = tuple[float, float, float, float]  # left, bottom, right, top, in pixels
+
+
+def _box(centre: Sequence[float], half_width: float, half_height: float) -> Box:
+    return centre[0] - half_width, centre[1] - half_height, centre[0] + half_width, centre[1] + half_height
+
+
+def _overlap(a: Box, b: Box) -> float:
+    """Square pixels that two boxes share."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return width * height if width > 0 and height > 0 else 0.0

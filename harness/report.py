@@ -19,7 +19,6 @@ from harness.frames import attribution_frame, comparison_frame, in_order, measur
 from harness.page import page
 from harness.pass_frames import layers_frame, llama_bench, speed_frame
 from harness.passes import read_speed
-from harness.plots import plot_layers, plot_tradeoff
 from harness.record import Record, first_difference, read_records, unreadable_records
 from harness.stats import MIN_BLOCKS, SMALLEST_P, Interval
 from harness.store import write_atomic, write_text
@@ -41,6 +40,7 @@ from harness.tables import (
     speed_table,
 )
 
+QUICK = ("tradeoff", "delta", "layers")  # the pictures that every sweep draws
 WHOLE_COLUMNS = ("n_windows", "n_scored", "peak_rss_bytes")  # a gap in them must not turn them into floats
 
 
@@ -177,7 +177,7 @@ def write_report(folder: Path, wanted: Collection[str] = (), allow_different: Co
         written.text("llama_bench.md", markdown(llama_bench_table(results.bench)) + "\n")
     if len(results.layers):
         written.text("layers.csv", results.layers.to_csv(index=False))
-    _draw(results, written, ("png",))
+    _draw(results, written, ("png",), QUICK)
     return Report(text, tuple(written.paths))
 
 
@@ -197,8 +197,8 @@ def write_full_report(results: Results, folder: Path) -> Report:
         if len(frame):
             written.text(f"{name}.csv", _runs_csv(frame) if name == "runs" else frame.to_csv(index=False))
             written.file(f"{name}.parquet", partial(frame.to_parquet, index=False))
-    _draw(results, written, ("png", "svg"))
-    pictures = [path for path in written.paths if path.suffix == ".png"]
+    captions = _draw(results, written, ("png", "svg"))
+    pictures = dict(zip((path for path in written.paths if path.suffix == ".png"), captions, strict=True))
     summary = [*key_improvements(results.comparison), *tradeoffs(results.comparison, results.runs, results.speed)]
     facts = _facts(results)
     written.text("report.html", page(results.title, summary, list(tables.values()), pictures, _flat(results), facts))
@@ -225,18 +225,17 @@ def _runs_csv(runs: pd.DataFrame) -> str:
     return runs.astype(dict.fromkeys(WHOLE_COLUMNS, "Int64")).to_csv(index=False)
 
 
-def _draw(results: Results, written: _Written, formats: Sequence[str]) -> None:
-    if not results.measured:
-        return
-    name = results.title.split(":")[0]
-    good = results.runs[results.runs.status == "ok"]
-    title = f"{name}; bars are one standard error of the tokens"
-    title_layers = f"{name}: error of the hidden state; bands are 95 % intervals"
-    for kind in formats:
-        written.file(f"tradeoff.{kind}", partial(plot_tradeoff, good, title, kind=kind))
-        if len(results.layers):
-            rows = results.layers[results.layers.layer != "mean"]
-            written.file(f"layers.{kind}", partial(plot_layers, rows, title_layers, kind=kind))
+def _draw(
+    results: Results, written: _Written, formats: Sequence[str], only: Collection[str] | None = None
+) -> list[str]:
+    """Write the pictures; their captions, in the order of the PNG files."""
+    from harness.pictures import pictures
+
+    drawn = pictures(results, only)
+    for picture in drawn:
+        for kind in formats:
+            written.file(f"{picture.name}.{kind}", partial(picture.save, kind=kind))
+    return [picture.caption for picture in drawn]
 
 
 def _facts(results: Results) -> dict[str, dict[str, Any]]:
@@ -250,7 +249,9 @@ def _facts(results: Results) -> dict[str, dict[str, Any]]:
             "PPL": "exp(mean nll) over the second half of each window, as llama-perplexity -c 2048",
             "KLD": "KL(reference || variant) over the whole vocabulary, per scored token, nats",
             "[a, b]": "95 % interval of a paired difference, studentized bootstrap over blocks of tokens",
+            "±": "one standard error, tokens taken as independent",
             "equal size": "against the two standard files around it, interpolated in bytes on the same tokens",
+            "*": "no other file is smaller and better",
         },
         "Settings": {
             "reference": f"{reference['name']} {reference['file_type']}",

@@ -23,14 +23,14 @@ def key_improvements(table: pd.DataFrame) -> list[str]:
 def tradeoffs(table: pd.DataFrame, runs: pd.DataFrame, speed: pd.DataFrame) -> list[str]:
     """What the improvements cost, and what did not improve."""
     sentences = []
-    rows = [row for row in table.to_dict("records") if not pd.isna(row["delta_ppl_pct"])]
+    rows = [row for row in _offered(table) if not pd.isna(row["delta_ppl_pct"])]
     if rows:
         low, high = min(row["delta_bytes"] for row in rows), max(row["delta_bytes"] for row in rows)
         sizes = [100 * row["delta_bytes"] / row["std_bytes"] for row in rows]
-        sentences.append(
-            f"Sizes change by {size(low, signed=True)} to {size(high, signed=True)} "
-            f"({min(sizes):+.0f}% to {max(sizes):+.0f}%)"
-        )
+        text, share = size(low, signed=True), f"{min(sizes):+.0f}%"
+        if len(rows) > 1:
+            text, share = f"{text} to {size(high, signed=True)}", f"{share} to {max(sizes):+.0f}%"
+        sentences.append(f"Sizes change by {text} ({share})")
     worse = [row for row in _beyond_noise(table) if row["delta_ppl_pct"] > 0]
     sentences += [f"{_label(row)}: perplexity rises, {_percent(row)}" for row in worse]
     told = {row["dg_name"] for row in _beyond_noise(table)}
@@ -51,7 +51,12 @@ def tradeoffs(table: pd.DataFrame, runs: pd.DataFrame, speed: pd.DataFrame) -> l
 def _beyond_noise(table: pd.DataFrame) -> Sequence[dict[Any, Any]]:
     if "p_holm" not in table:
         return []
-    return table[table.p_holm.notna() & (table.p_holm.astype(float) <= SIGNIFICANT)].to_dict("records")
+    return [row for row in _offered(table) if not pd.isna(row["p_holm"]) and row["p_holm"] <= SIGNIFICANT]
+
+
+def _offered(table: pd.DataFrame) -> list[dict[Any, Any]]:
+    """Rows of files that somebody might publish: a placebo only shows what a policy is worth."""
+    return [row for row in table.to_dict("records") if not str(row["mode"]).startswith("placebo")]
 
 
 def _label(row: dict[Any, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -11,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import llama_cpp
+import nbformat
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
+from nbclient import NotebookClient
 
 from harness.record import read_records
 
@@ -171,23 +172,22 @@ def _sha256_of_tokens(windows: np.ndarray) -> str:
     return hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
 
 
-def test_the_notebook_runs_on_a_sweep(cli: Cli, tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_the_notebook_runs_on_a_sweep(
+    cli: Cli, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert cli("sweep", "quant=iq2_s", *tiny_overrides)[0] == 0
-    source = Path(__file__).parent.parent / "notebooks" / "explore.ipynb"
-    cells = json.loads(source.read_text())["cells"]
-    assert not any(cell.get("outputs") for cell in cells), "notebooks are stored without output"
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    root = Path(__file__).resolve().parent.parent
+    notebook = nbformat.read(root / "notebooks" / "explore.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "notebooks are stored without output"
     (tmp_path / "notebooks").mkdir()
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path / "notebooks",
-        env={**os.environ, "MPLBACKEND": "Agg"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "ppl change (%)" in result.stdout
+    monkeypatch.setenv("PYTHONPATH", str(root))  # the kernel is a process of its own
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path / "notebooks")}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    text = "".join(output.get("data", {}).get("text/plain", "") for output in outputs)
+    assert "IQ2_S" in text and "PPL change (%)" in text and "ln PPL ratio" in text
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 5
+    assert not [output for output in outputs if output.output_type == "stream"], "no warnings"
 
 
 def test_no_room_for_the_plan_is_said_before_work(

@@ -165,7 +165,7 @@ def test_the_page_escapes_everything_and_asks_for_nothing_else(tmp_path: Path) -
     picture.write_bytes(b"png")
     evil = "<script>alert(1)</script>"
     finding = dict.fromkeys(("kind", "what", "why", "todo", "cases"), evil)
-    text = page(evil, [evil], [Table(evil, (evil,), [(evil,)])], [picture], [finding], {evil: {evil: evil}})
+    text = page(evil, [evil], [Table(evil, (evil,), [(evil,)])], {picture: evil}, [finding], {evil: {evil: evil}})
     parser = Tags()
     parser.feed(text)
     assert parser.tags.count("script") == 1, "its own"

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import harness.report
 from harness import checks
 from harness.compare import Measured
 from harness.errors import UserError
 from harness.passes import SpeedPass, Timing, write_speed
+from harness.pictures import Picture
 from harness.record import (
     COMPARABLE,
     SCHEMA_VERSION,
@@ -58,17 +58,18 @@ TOP = np.random.default_rng(12).integers(0, 1000, (4, 1023), dtype=np.int32)
 FINDING = {"kind": "fell_back", "what": "some tensors fell back", "why": "it misleads", "todo": "measure another"}
 
 
+def save_stub(picture: Picture, path: Path, kind: str) -> None:
+    """Stands in for `Picture.save`."""
+    path.write_bytes(b"stub")
+
+
 @pytest.fixture(autouse=True)
 def picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests need no picture: theirs is a stub. Tests that ask for `real_picture` draw it."""
     if "real_picture" in request.fixturenames:
         return
 
-    def stub(*arguments: Any, kind: str) -> None:
-        (path,) = (one for one in arguments if isinstance(one, Path))
-        path.write_bytes(b"stub")
-
-    monkeypatch.setattr(harness.report, "plot_tradeoff", stub)
+    monkeypatch.setattr(Picture, "save", save_stub)
 
 
 @pytest.fixture
@@ -740,7 +741,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     and parts of the policy."""
     folder = tmp_path_factory.mktemp("real")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness.report, "plot_tradeoff", lambda *arguments, kind: arguments[-1].write_bytes(b"stub"))
+        patch.setattr(Picture, "save", save_stub)
         put_real_reference(folder)
         for quant, mib, level in (("iq1_s", 60, 0.8), ("iq1_m", 80, 0.4), ("iq2_xs", 100, 0.2)):
             put_real(folder, quant, "standard", mib=mib, level=level)
@@ -1224,7 +1225,7 @@ def test_the_picture_is_drawn(tmp_path: Path, real_picture: None) -> None:
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     assert len(content) > 5000
     assert report.paths == tuple(
-        tmp_path / name for name in ("runs.csv", "table.csv", "table.md", "findings.json", "tradeoff.png")
+        tmp_path / name for name in ("runs.csv", "table.csv", "table.md", "findings.json", "tradeoff.png", "delta.png")
     )
 
 
