@@ -67,9 +67,9 @@ def equal_size_verdict(case: Measured, ladder: Sequence[Measured]) -> Verdict:
     above = [rung for rung in rungs if rung.file_bytes >= case.file_bytes]
     if not below or not above:
         side = "smaller" if not below else "larger"
-        reason = (
-            f"no standard case is {side} than {case.name}: add {_next_rung(case, rungs, larger=not above)} to the sweep"
-        )
+        rung = _next_rung(case, rungs, larger=not above)
+        hint = f", such as {rung}" if rung else ""
+        reason = f"no standard case is {side} than {case.name}: add a {side} standard quant to the sweep{hint}"
         return Verdict(None, None, None, None, None, reason)
     low = max(below, key=lambda rung: (rung.file_bytes, -float(rung.nll.mean())))
     high = min(above, key=lambda rung: (rung.file_bytes, float(rung.nll.mean())))
@@ -119,8 +119,11 @@ _NOMINAL_BPW = {
 }
 
 
-def _next_rung(case: Measured, rungs: Sequence[Measured], *, larger: bool) -> str:
-    """The nearest standard quant that should lie beyond the case, judged by the measured rung nearest to it."""
+def _next_rung(case: Measured, rungs: Sequence[Measured], *, larger: bool) -> str | None:
+    """The nearest standard quant that should lie beyond the case, judged by the measured rung nearest to it.
+
+    A guess: on a model whose widths do not fit, files are larger than their names say. None where none can be guessed.
+    """
     known = [rung for rung in rungs if rung.quant in _NOMINAL_BPW]
     if known and len(known) == len(rungs):
         edge = max(known, key=lambda rung: rung.file_bytes * (1 if larger else -1))
@@ -129,8 +132,8 @@ def _next_rung(case: Measured, rungs: Sequence[Measured], *, larger: bool) -> st
         for name in ladder:
             gap = (_NOMINAL_BPW[name] * bytes_per_bit - case.file_bytes) * (1 if larger else -1)
             if gap > 0 and name not in [rung.quant for rung in known]:
-                return f"quant={name} mode=standard"
-    return f"a {'larger' if larger else 'smaller'} standard quant"
+                return name
+    return None
 
 
 def _word(interval: Interval | None) -> str | None:

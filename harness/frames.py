@@ -53,18 +53,19 @@ def comparison_frame(runs: pd.DataFrame, records: Sequence[Record]) -> pd.DataFr
     """One row for each quant and other mode: standard beside it, as numbers. Deltas are empty without a pair."""
     cases = {case.name: case for case in measured_cases(records)}
     good = runs[(runs.status == "ok") & (runs["mode"] != "reference")]
+    any_timed = bool(good.speed_pass.notna().any())
     rows = []
     for quant in dict.fromkeys(good.quant):
         of_quant = good[good.quant == quant]
         standard = next((row for _, row in of_quant[of_quant["mode"] == "standard"].iterrows()), None)
         others = [row for _, row in of_quant[of_quant["mode"] != "standard"].iterrows()] or [None]
-        rows += [_pair_row(quant, standard, other, cases) for other in others]
+        rows += [_pair_row(quant, standard, other, cases, any_timed=any_timed) for other in others]
     # The parts of an attribution are a family of their own: they must not make the others harder to tell apart.
     for parts in (False, True):
         family = [row for row in rows if ("_without_" in (row["policy"] or "")) is parts]
         for row, p_holm in zip(family, holm([row["p"] for row in family]), strict=True):
             row["p_holm"] = p_holm
-    return pd.DataFrame(rows, columns=[*_pair_row("", None, None, {}), "p_holm"])
+    return pd.DataFrame(rows, columns=[*_pair_row("", None, None, {}, any_timed=False), "p_holm"])
 
 
 def attribution_frame(records: Sequence[Record]) -> pd.DataFrame:
@@ -191,7 +192,7 @@ def _interval_columns(prefix: str, interval: Interval | None) -> dict[str, float
     return dict(zip(_interval_names(prefix), values, strict=True))
 
 
-def _pair_row(quant: str, standard: Any, other: Any, cases: dict[str, Measured]) -> dict[str, Any]:
+def _pair_row(quant: str, standard: Any, other: Any, cases: dict[str, Measured], *, any_timed: bool) -> dict[str, Any]:
     def get(row: Any, name: str) -> Any:
         return None if row is None else row[name]
 
@@ -201,7 +202,7 @@ def _pair_row(quant: str, standard: Any, other: Any, cases: dict[str, Measured])
         row[f"{prefix}_ppl"], row[f"{prefix}_ppl_se"] = get(side, "ppl"), get(side, "ppl_se")
         row[f"{prefix}_kld"], row[f"{prefix}_same_top"] = get(side, "kld_mean"), get(side, "same_top")
         row[f"{prefix}_bytes"], row[f"{prefix}_bpw"] = get(side, "file_bytes"), get(side, "bpw")
-    row["std_speed_s"], row["dg_speed_s"] = _speeds_s(standard, other)
+    row["std_speed_s"], row["dg_speed_s"] = _speeds_s(standard, other, any_timed=any_timed)
     deltas = ("delta_ppl_pct", "delta_ppl_pct_low", "delta_ppl_pct_high", "p", "delta_kld", "delta_kld_low")
     row |= dict.fromkeys((*deltas, "delta_kld_high", "delta_bytes", "resolvable_pct", "windows_to_resolve"))
     if standard is not None and other is not None:
@@ -216,9 +217,9 @@ def _pair_row(quant: str, standard: Any, other: Any, cases: dict[str, Measured])
     return row
 
 
-def _speeds_s(standard: Any, other: Any) -> tuple[float | None, float | None]:
-    """Seconds to run the prompt set: at the median speed of the timing pass where both sides were timed in one, else as
-    the scoring itself took, on both sides."""
+def _speeds_s(standard: Any, other: Any, *, any_timed: bool) -> tuple[float | None, float | None]:
+    """Seconds to run the prompt set, at the median speed of the timing pass where both sides were timed in one; None
+    where they were not. In a table without any timing: as the scoring itself took."""
     sides = [side for side in (standard, other) if side is not None]
     passes = {side["speed_pass"] for side in sides}
     timed = len(passes) == 1 and all(isinstance(one, str) for one in passes)
@@ -226,8 +227,9 @@ def _speeds_s(standard: Any, other: Any) -> tuple[float | None, float | None]:
     def seconds(side: Any) -> float | None:
         if side is None:
             return None
-        value: float | None = side["n_tokens"] / side["prompt_tokens_per_s"] if timed else side["pass_s"]
-        return value
+        if timed:
+            return float(side["n_tokens"] / side["prompt_tokens_per_s"])
+        return None if any_timed or side["pass_s"] is None else float(side["pass_s"])
 
     return seconds(standard), seconds(other)
 

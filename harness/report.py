@@ -44,14 +44,18 @@ QUICK = ("tradeoff", "delta", "layers")  # the pictures that every sweep draws
 WHOLE_COLUMNS = ("n_windows", "n_scored", "peak_rss_bytes")  # a gap in them must not turn them into floats
 
 
-_KEY = (
-    "PPL: perplexity, lower is better. KLD: KL(reference || variant), nats. ±: standard error, tokens as independent.",
-    "[a, b]: 95 % interval of the paired difference, from blocks of tokens. *: no other file is smaller and better.",
-    "At equal size: against the two standard files around it, interpolated in bytes (change of PPL in brackets).",
-    "Std and DG Speed: seconds to run the prompt set once. Size: G and M are binary.",
-    "Tokens/s: median of the timing pass; spread: (slowest - fastest) / median; changes are against standard.",
-    "Layers: |variant - reference| / |reference| of the hidden state, mean over tokens; changes are against standard.",
-)
+_KEY = {
+    "cases": (
+        "PPL: perplexity, lower is better. KLD: KL(reference || variant), nats. ±: standard error, tokens independent.",
+        "[a, b]: 95 % interval of the paired difference, from blocks of tokens. *: no other is smaller and better.",
+        "At equal size: against the two standard files around it, interpolated in bytes (change of PPL in brackets).",
+        "Std and DG Speed: seconds to run the prompt set once. Size: G and M are binary.",
+    ),
+    "speed": (
+        "Tokens/s: median of the timing pass; spread: (slowest - fastest) / median; changes are against standard.",
+    ),
+    "layers": ("Layers: |variant - reference| / |reference| of the hidden state, mean over tokens.",),
+}
 
 
 @dataclass(frozen=True)
@@ -360,8 +364,8 @@ def _table_text(results: Results) -> str:
         lines.append("")
     for table in results.tables.values():
         lines += [markdown(table), ""]
-    if results.tables:
-        lines += _KEY
+    for name in results.tables:
+        lines += _KEY.get(name, ())
     notes = _notes(results.findings)
     if notes:
         lines += ["", *notes]

@@ -56,7 +56,7 @@ def test_outside_the_ladder_the_next_quant_is_named(n_bytes: int, added: str) ->
     verdict = equal_size_verdict(case("gate", n_bytes, 0.1, "dynamicgate"), ladder)
     assert verdict.reason == (
         f"no standard case is {'smaller' if n_bytes < 100 else 'larger'} than gate: "
-        f"add quant={added} mode=standard to the sweep"
+        f"add a {'smaller' if n_bytes < 100 else 'larger'} standard quant to the sweep, such as {added}"
     )
 
 
