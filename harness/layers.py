@@ -13,7 +13,7 @@ import numpy as np
 from harness.artefacts import ensure_variant
 from harness.errors import EngineError
 from harness.isolate import run_in_child
-from harness.passes import write_layers
+from harness.passes import read_layers, write_layers
 from harness.progress import ProgressDisplay
 from harness.store import Cache
 from harness.sweep import Sweep
@@ -28,6 +28,9 @@ def measure_layers(sweep: Sweep, display: ProgressDisplay) -> list[str]:
     for case in cases:
         try:
             with sweep.cache.lock(sweep.variant_path(case)):
+                found = read_layers(case.record_path, case.key)
+                if found and found[0] == sweep.layers_key:
+                    continue  # another sweep compared them while this one waited
                 ensure_variant(sweep, case, display)
                 with display.step(f"{case.name}: layers", each_s) as on_progress:
                     layers, errors = run_in_child(

@@ -55,6 +55,7 @@ def test_half_a_window_is_scored_again(cli: Cli, tiny_overrides: list[str], tmp_
 
 def test_two_sweeps_at_once_make_each_thing_once(tiny_overrides: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "harness", "sweep", "quant=iq2_xs,q4_0", *tiny_overrides]
+    command += ["measure.speed=true", "measure.generate_tokens=2", "measure.layers=true"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     sweeps = [subprocess.Popen(command, **pipes) for _ in range(2)]
     said = [sweep.communicate(timeout=300) for sweep in sweeps]
@@ -64,6 +65,8 @@ def test_two_sweeps_at_once_make_each_thing_once(tiny_overrides: list[str], tmp_
         assert text.count(case) == 1, case
     runs = pd.read_csv(tmp_path / "results" / "tiny" / "runs.csv")
     assert len(runs) == 5 and (runs.status == "ok").all()
+    assert len(list((tmp_path / "results" / "tiny" / "speed").iterdir())) == 1, "timed once"
+    assert len(list((tmp_path / "results" / "tiny" / "layers").iterdir())) == 3, "and every file compared"
     assert not list(tmp_path.rglob("*.tmp"))
 
 
