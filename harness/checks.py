@@ -1,6 +1,6 @@
 """Warnings as data: what a reader of a table must know. Pure: plans and measured values in, findings out."""
 
-from collections.abc import Collection, Sequence, Sized
+from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.compare import Measured, difference, dominators, equal_size_verdict
+from harness.compare import Measured, difference
 from harness.ggml_types import GGML_TYPES
 from harness.passes import SpeedPass
 from harness.plan import Plan
@@ -142,12 +142,20 @@ def _count(tensors: Sized) -> str:
     return f"{len(tensors)} tensor{'' if len(tensors) == 1 else 's'}"
 
 
-def case_findings(cases: Sequence[Measured], reference: Measured | None) -> dict[str, list[Finding]]:
-    """What measured variants tell beside each other, by the name of the case."""
+def case_findings(
+    cases: Sequence[Measured],
+    reference: Measured | None,
+    dominated: Mapping[str, str],
+    no_neighbours: Mapping[str, str],
+) -> dict[str, list[Finding]]:
+    """What measured variants tell beside each other, by the name of the case.
+
+    dominated: what `compare.dominators` found; no_neighbours: why a case has no verdict at equal size.
+    """
     found: dict[str, list[Finding]] = {case.name: [] for case in cases}
     standard = sorted((case for case in cases if case.mode == "standard"), key=lambda case: case.file_bytes)
     by_name = {case.name: case for case in cases}
-    for name, better in dominators(cases).items():
+    for name, better in dominated.items():
         saved = by_name[name].file_bytes - by_name[better].file_bytes
         found[name].append(
             Finding(
@@ -158,19 +166,18 @@ def case_findings(cases: Sequence[Measured], reference: Measured | None) -> dict
                 f"publish {better} instead",
             )
         )
-    for case in cases:
-        verdict = equal_size_verdict(case, cases) if case.mode != "standard" else None
-        if verdict and not verdict.between and verdict.reason:
-            found[case.name].append(
-                Finding(
-                    "no_neighbours",
-                    verdict.reason,
-                    "whether its bytes would be better spent on a standard type cannot be told",
-                    "run the sweep again with that quant as well: what is measured stays",
-                )
+    for name, reason in no_neighbours.items():
+        found[name].append(
+            Finding(
+                "no_neighbours",
+                reason,
+                "whether its bytes would be better spent on a standard type cannot be told",
+                "run the sweep again with that quant as well: what is measured stays",
             )
+        )
     for small, large in pairwise(standard):
-        if small.file_bytes < large.file_bytes and difference(large, small).ln_ppl.sign == 1:
+        worse = small.file_bytes < large.file_bytes and small.mean_nll < large.mean_nll
+        if worse and difference(large, small).ln_ppl.sign == 1:
             found[large.name].append(
                 Finding(
                     "out_of_order",
@@ -181,7 +188,8 @@ def case_findings(cases: Sequence[Measured], reference: Measured | None) -> dict
                 )
             )
     for case in cases:
-        if reference and difference(case, reference).ln_ppl.sign == -1:
+        lower = reference is not None and case.mean_nll < reference.mean_nll
+        if reference and lower and difference(case, reference).ln_ppl.sign == -1:
             found[case.name].append(
                 Finding(
                     "better_than_reference",

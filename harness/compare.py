@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -21,6 +22,11 @@ class Measured:
     file_bytes: int
     nll: np.ndarray
     kld: np.ndarray | None
+
+    @cached_property
+    def mean_nll(self) -> float:
+        """Nats; its exponential is the perplexity."""
+        return float(self.nll.mean())
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,8 @@ def equal_size_verdict(case: Measured, ladder: Sequence[Measured]) -> Verdict:
         hint = f", such as {rung}" if rung else ""
         reason = f"no standard case is {side} than {case.name}: add a {side} standard quant to the sweep{hint}"
         return Verdict(None, None, None, None, None, reason)
-    low = max(below, key=lambda rung: (rung.file_bytes, -float(rung.nll.mean())))
-    high = min(above, key=lambda rung: (rung.file_bytes, float(rung.nll.mean())))
+    low = max(below, key=lambda rung: (rung.file_bytes, -rung.mean_nll))
+    high = min(above, key=lambda rung: (rung.file_bytes, rung.mean_nll))
     weight = 0.0 if low is high else (case.file_bytes - low.file_bytes) / (high.file_bytes - low.file_bytes)
     ln_ppl = mean_interval(case.nll - ((1 - weight) * low.nll + weight * high.nll))
     kld = None
@@ -83,18 +89,17 @@ def equal_size_verdict(case: Measured, ladder: Sequence[Measured]) -> Verdict:
 
 
 def dominators(cases: Sequence[Measured]) -> dict[str, str]:
-    """For each dominated case the name of the best one that is no larger and has a lower perplexity beyond noise.
+    """For each dominated case the best one of the Pareto front that is no larger and better beyond noise (perplexity).
 
     A placebo dominates nothing: it is not for use.
     """
     found = {}
-    best_first = sorted(
-        (one for one in cases if not one.mode.startswith("placebo")), key=lambda one: float(one.nll.mean())
-    )
+    usable = [case for case in cases if not case.mode.startswith("placebo")]
+    front = pareto_front(usable)
+    best_first = sorted((case for case in usable if case.name in front), key=lambda one: one.mean_nll)
     for case in cases:
-        mean = float(case.nll.mean())
         for other in best_first:
-            if other.nll.mean() >= mean:
+            if other.mean_nll >= case.mean_nll:
                 break
             if other.file_bytes <= case.file_bytes and mean_interval(other.nll - case.nll).sign == -1:
                 found[case.name] = other.name
@@ -105,9 +110,9 @@ def dominators(cases: Sequence[Measured]) -> dict[str, str]:
 def pareto_front(cases: Sequence[Measured]) -> set[str]:
     """Names of the cases that no other one beats or equals in both size and perplexity."""
     front, best = set(), np.inf
-    for case in sorted(cases, key=lambda one: (one.file_bytes, float(one.nll.mean()))):
-        if case.nll.mean() < best:
-            best = float(case.nll.mean())
+    for case in sorted(cases, key=lambda one: (one.file_bytes, one.mean_nll)):
+        if case.mean_nll < best:
+            best = case.mean_nll
             front.add(case.name)
     return front
 

@@ -36,12 +36,15 @@ def runs_frame(records: Sequence[Record], timings: Mapping[str, Timing] = Mappin
     cases = measured_cases(records)
     variants = [case for case in cases if case.mode != "reference"]
     dominated, front = dominators(variants), pareto_front(variants)
+    by_name = {case.name: case for case in variants}
+    ladder = [case for case in variants if case.mode == "standard"]
+    placebos = [case for case in variants if case.mode.startswith("placebo")]
     rows = []
     for record in records:
         row = _run_row(record, reference_values)
-        case = next((one for one in variants if one.name == record.name), None)
-        row |= _verdict_columns(equal_size_verdict(case, variants) if case and case.mode != "standard" else None)
-        row["vs_placebo"] = _versus_placebo(case, variants)
+        case = by_name.get(record.name)
+        row |= _verdict_columns(equal_size_verdict(case, ladder) if case and case.mode != "standard" else None)
+        row["vs_placebo"] = _versus_placebo(case, placebos)
         row["dominated_by"] = dominated.get(record.name)
         row["on_front"] = case.name in front if case else None
         row |= speed_columns(timings.get(record.data["key"]))
@@ -54,11 +57,13 @@ def comparison_frame(runs: pd.DataFrame, records: Sequence[Record]) -> pd.DataFr
     cases = {case.name: case for case in measured_cases(records)}
     good = runs[(runs.status == "ok") & (runs["mode"] != "reference")]
     any_timed = bool(good.speed_pass.notna().any())
+    of_quants: dict[str, list[Any]] = {}
+    for run in good.to_dict("records"):
+        of_quants.setdefault(run["quant"], []).append(run)
     rows = []
-    for quant in dict.fromkeys(good.quant):
-        of_quant = good[good.quant == quant]
-        standard = next((row for _, row in of_quant[of_quant["mode"] == "standard"].iterrows()), None)
-        others = [row for _, row in of_quant[of_quant["mode"] != "standard"].iterrows()] or [None]
+    for quant, of_quant in of_quants.items():
+        standard = next((run for run in of_quant if run["mode"] == "standard"), None)
+        others = [run for run in of_quant if run["mode"] != "standard"] or [None]
         rows += [_pair_row(quant, standard, other, cases, any_timed=any_timed) for other in others]
     # The parts of an attribution are a family of their own: they must not make the others harder to tell apart.
     for parts in (False, True):
@@ -171,12 +176,12 @@ def _verdict_columns(verdict: Verdict | None) -> dict[str, Any]:
     return row | _interval_columns("equal_size_kld", verdict.kld)
 
 
-def _versus_placebo(case: Measured | None, cases: Sequence[Measured]) -> str | None:
+def _versus_placebo(case: Measured | None, placebos: Sequence[Measured]) -> str | None:
     """wins, ties or loses against the placebo of the same quant and bytes, so of the same policy; None without one."""
     if case is None or case.mode == "standard" or case.mode.startswith("placebo"):
         return None
-    same = [one for one in cases if (one.quant, one.file_bytes) == (case.quant, case.file_bytes)]
-    placebo = next((one for one in same if one.mode.startswith("placebo")), None)
+    same = (one for one in placebos if (one.quant, one.file_bytes) == (case.quant, case.file_bytes))
+    placebo = next(same, None)
     if placebo is None:
         return None
     sign = difference(case, placebo).ln_ppl.sign

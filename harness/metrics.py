@@ -77,9 +77,10 @@ def kld_summary(kld: np.ndarray) -> dict[str, float]:
     """Mean, standard error (tokens as independent), median, percentiles and maximum of per-token KLD, in nats."""
     flat = kld.ravel()
     summary = {"kld_mean": float(flat.mean()), "kld_se": float(flat.std() / math.sqrt(max(1, flat.size - 1)))}
-    for percent in (50, 90, 95, 99, 99.9):
+    percents = (50, 90, 95, 99, 99.9)
+    for percent, value in zip(percents, np.percentile(flat, percents), strict=True):
         name = "kld_median" if percent == 50 else f"kld_p{percent:g}".replace(".", "_")
-        summary[name] = float(np.percentile(flat, percent))
+        summary[name] = float(value)
     return {**summary, "kld_max": float(flat.max())}
 
 
@@ -96,9 +97,11 @@ def probability_change(nll: np.ndarray, nll_reference: np.ndarray) -> dict[str, 
         "dp_rms_pct": rms,
         "dp_rms_se_pct": float((delta**2).std()) / root_n / (2 * rms) if rms else 0.0,
     }
-    for percent in (1, 5, 25, 50, 75, 95, 99):
-        summary[f"dp_p{percent}_pct"] = float(np.percentile(delta, percent))
-    return summary
+    percents = (1, 5, 25, 50, 75, 95, 99)
+    return summary | {
+        f"dp_p{percent}_pct": float(value)
+        for percent, value in zip(percents, np.percentile(delta, percents), strict=True)
+    }
 
 
 def share(flags: np.ndarray) -> Estimate:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from harness.depth_plots import plot_kld_distribution, plot_layers, plot_position, plot_types
 from harness.plot_frames import (
+    MOST_QUANTS,
     board_points,
     delta_frame,
     kld_points,
@@ -20,6 +21,7 @@ from harness.plot_frames import (
     position_frame,
     ppl_points,
     speed_points,
+    spread_out,
     types_frame,
 )
 from harness.plots import plot_delta, plot_speed, plot_tradeoff
@@ -47,6 +49,7 @@ class Picture:
         """kind: png or svg. The same figure gives the same bytes; text in an SVG stays text."""
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
             self.figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        self.figure.set_layout_engine("none")  # laid out once: the next format needs no second time
 
 
 def pictures(results: Results, only: Collection[str] | None = None) -> list[Picture]:
@@ -68,6 +71,11 @@ def pictures(results: Results, only: Collection[str] | None = None) -> list[Pict
 
 def _title(results: Results) -> str:
     return results.title.split(":")[0]
+
+
+def _part(n_shown: int, n_all: int, what: str) -> str:
+    """' 40 of 500 variants.' where a picture leaves some out."""
+    return f" {n_shown} of {n_all} {what}, evenly chosen." if n_shown < n_all else ""
 
 
 def _tradeoff(results: Results, *, kld: bool = False) -> Iterator[Picture]:
@@ -93,8 +101,9 @@ def _kld(results: Results) -> Iterator[Picture]:
 def _delta(results: Results) -> Iterator[Picture]:
     deltas = delta_frame(results.comparison)
     if len(deltas):
-        draw = partial(plot_delta, deltas, _title(results))
-        yield Picture("delta", "Change of perplexity against the standard file of the same quant.", draw)
+        part = _part(len(deltas), int(results.comparison.delta_ppl_pct.notna().sum()), "pairs")
+        caption = f"Change of perplexity against the standard file of the same quant.{part}"
+        yield Picture("delta", caption, partial(plot_delta, deltas, _title(results)))
 
 
 def _speed(results: Results) -> Iterator[Picture]:
@@ -106,27 +115,31 @@ def _speed(results: Results) -> Iterator[Picture]:
 def _types(results: Results) -> Iterator[Picture]:
     types = types_frame(results.measured)
     quants = list(dict.fromkeys(types.quant))
+    part = _part(len(quants), results.comparison.quant.nunique(), "quants") if len(quants) >= MOST_QUANTS else ""
     for first in range(0, len(quants), _TYPES_A_PICTURE):
         rows = types[types.quant.isin(quants[first : first + _TYPES_A_PICTURE])]
         number = first // _TYPES_A_PICTURE + 1
         name = "types" if number == 1 else f"types_{number}"
         draw = partial(plot_types, rows, _title(results))
-        yield Picture(name, "Bits per weight of every tensor: what the policy changed.", draw)
+        yield Picture(name, f"Bits per weight of every tensor: what the policy changed.{part}", draw)
 
 
 def _layers(results: Results) -> Iterator[Picture]:
     if len(results.layers):
         rows = results.layers[results.layers.layer != "mean"]
-        yield Picture(
-            "layers", "Error of the hidden state over the depth.", partial(plot_layers, rows, _title(results))
-        )
+        quants = list(dict.fromkeys(rows.quant))
+        shown = [quants[i] for i in spread_out(len(quants), MOST_QUANTS)]
+        draw = partial(plot_layers, rows[rows.quant.isin(shown)], _title(results))
+        part = _part(len(shown), len(quants), "quants")
+        yield Picture("layers", f"Error of the hidden state over the depth.{part}", draw)
 
 
 def _kld_distribution(results: Results) -> Iterator[Picture]:
     quantiles = kld_quantiles_frame(results.measured)
     if len(quantiles):
         draw = partial(plot_kld_distribution, quantiles, _title(results))
-        yield Picture("kld_distribution", "How the KL divergence of single tokens is spread.", draw)
+        part = _part(len(quantiles), int(results.runs.kld_mean.notna().sum()), "variants")
+        yield Picture("kld_distribution", f"How the KL divergence of single tokens is spread.{part}", draw)
 
 
 def _position(results: Results) -> Iterator[Picture]:

@@ -17,6 +17,8 @@ from harness.stats import BLOCK_TOKENS, MIN_BLOCKS, Interval, mean_interval, sma
 MIB = 1 << 20
 KLD_FLOOR = 1e-6  # nats; what is below is rounding and has no place on a log axis
 KLD_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
+MOST_ROWS = 40  # of a picture with a line for each variant
+MOST_QUANTS = 18  # of pictures with a panel for each quant
 _LLAMA_3_8B = re.compile(r"llama[-_ ]?3[-_ ]8b", re.IGNORECASE)
 
 _POINT_COLUMNS = ("name", "quant", "series", "size_mib", "value", "low", "high", "on_front", "from_mib", "from_value")
@@ -25,6 +27,11 @@ _POINT_COLUMNS = ("name", "quant", "series", "size_mib", "value", "low", "high",
 def series_of(name: str, quant: str) -> str:
     """What cases of several quants share, and so one colour in every plot: 'standard', 'dynamicgate', ..."""
     return name.removeprefix(f"{quant}-")
+
+
+def spread_out(n: int, most: int) -> list[int]:
+    """Indices of at most `most` of n items, evenly chosen, the first and the last among them."""
+    return list(dict.fromkeys(np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist()))
 
 
 def ppl_points(runs: pd.DataFrame) -> pd.DataFrame:
@@ -60,8 +67,10 @@ def _points(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def delta_frame(comparison: pd.DataFrame) -> pd.DataFrame:
-    """Change of PPL against the standard file of the same quant, per cent, with its 95 % interval; one row a pair."""
+    """Change of PPL against the standard file of the same quant, per cent, with its 95 % interval; one row a pair, at
+    most MOST_ROWS, evenly chosen."""
     paired = comparison[comparison.delta_ppl_pct.notna()]
+    paired = paired.iloc[spread_out(len(paired), MOST_ROWS)]
     rows = [
         {
             "name": row["dg_name"],
@@ -101,15 +110,20 @@ def speed_points(speed: pd.DataFrame, bench: Sequence[Mapping[str, Any]]) -> pd.
     return pd.DataFrame(rows, columns=columns)
 
 
-def types_frame(records: Sequence[Record]) -> pd.DataFrame:
+def types_frame(records: Sequence[Record], most: int = MOST_QUANTS) -> pd.DataFrame:
     """Bits per weight of every tensor under a policy and in the standard file; one policy a quant, the first that
     changes anything (placebos last). layer: empty outside the blocks. Roles that stay f32 (norms, biases) are left out.
+    With more than `most` quants as many of them, evenly chosen.
     """
     columns = ["name", "quant", "series", "role", "layer", "type", "bpw", "standard_type", "standard_bpw"]
     others = [record for record in records if record.ok and record.data["mode"] not in ("reference", "standard")]
     others.sort(key=lambda record: record.data["mode"].startswith("placebo"))
+    shown = list(dict.fromkeys(record.data["quant"] for record in others))
+    shown = [shown[i] for i in spread_out(len(shown), most)]
     found: dict[str, pd.DataFrame] = {}
     for record in others:
+        if record.data["quant"] not in shown or record.data["quant"] in found:
+            continue
         rows = []
         for tensor, types in record.data["variant"]["tensors"].items():
             role, layer = role_and_layer(tensor)
@@ -121,21 +135,22 @@ def types_frame(records: Sequence[Record]) -> pd.DataFrame:
         plain = (frame.type == "f32") & (frame.standard_type == "f32")
         frame = frame[~plain.groupby(frame.role).transform("all").astype(bool)]
         if (frame.type != frame.standard_type).any():
-            found.setdefault(record.data["quant"], frame)
+            found[record.data["quant"]] = frame
     in_order = [found[quant] for quant in dict.fromkeys(r.data["quant"] for r in records) if quant in found]
     return pd.concat(in_order, ignore_index=True) if in_order else pd.DataFrame(columns=columns)
 
 
 def kld_quantiles_frame(records: Sequence[Record]) -> pd.DataFrame:
-    """Mean and quantiles of the per-token KLD, nats, at least KLD_FLOOR; one row a variant, columns q0.05 .. q0.999."""
+    """Mean and quantiles of the per-token KLD, nats, at least KLD_FLOOR; columns q0.05 .. q0.999. One row a variant, at
+    most MOST_ROWS, evenly chosen."""
     rows = []
-    for record in records:
-        kld = record.per_token().get("kld") if record.ok and record.data["mode"] != "reference" else None
-        if kld is not None:
-            quant = record.data["quant"]
-            row = {"name": record.name, "quant": quant, "series": series_of(record.name, quant), "mean": kld.mean()}
-            row |= {f"q{q}": value for q, value in zip(KLD_QUANTILES, np.quantile(kld, KLD_QUANTILES), strict=True)}
-            rows.append({k: max(v, KLD_FLOOR) if isinstance(v, float) else v for k, v in row.items()})
+    variants = [record for record in records if record.ok and record.data["mode"] != "reference"]
+    measured = [record for record in variants if "kld" in record.per_token()]
+    for record in (measured[i] for i in spread_out(len(measured), MOST_ROWS)):
+        kld, quant = record.per_token()["kld"], record.data["quant"]
+        row = {"name": record.name, "quant": quant, "series": series_of(record.name, quant), "mean": kld.mean()}
+        row |= {f"q{q}": value for q, value in zip(KLD_QUANTILES, np.quantile(kld, KLD_QUANTILES), strict=True)}
+        rows.append({k: max(v, KLD_FLOOR) if isinstance(v, float) else v for k, v in row.items()})
     return pd.DataFrame(rows, columns=["name", "quant", "series", "mean", *(f"q{q}" for q in KLD_QUANTILES)])
 
 
@@ -151,14 +166,14 @@ def position_frame(records: Sequence[Record], most: int = 8) -> pd.DataFrame:
         return pd.DataFrame(columns=columns)
     base = reference.per_token()["nll"]
     variants = [record for record in records if record.ok and record is not reference]
-    differences = [(record, record.per_token()["nll"] - base) for record in variants]
-    differences.sort(key=lambda pair: float(pair[1].mean()))
-    if len(differences) > most:
-        differences = differences[: most // 2] + differences[-(most - most // 2) :]
+    variants.sort(key=lambda record: float(record.per_token()["nll"].mean()))
+    if len(variants) > most:
+        variants = variants[: most // 2] + variants[-(most - most // 2) :]
     n_scored = base.shape[1]
     edges = np.linspace(0, n_scored, max(1, n_scored // BLOCK_TOKENS) + 1).round().astype(int)
     rows = []
-    for record, values in differences:
+    for record in variants:
+        values = record.per_token()["nll"] - base
         label = (record.name, record.data["quant"], series_of(record.name, record.data["quant"]))
         for begin, end in pairwise(edges):
             interval = _over_windows(values[:, begin:end])

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from harness.plot_frames import MIB
+from harness.plot_frames import MIB, MOST_ROWS, spread_out
 
 WIDTH_INCHES = 8.0
 DPI = 120
 FEW = 8  # up to so many points each has a label of its own
+MANY = 40  # beyond so many pairs lines without heads lead from standard to the others
 # Okabe and Ito's palette: told apart by colour-blind readers; markers differ as well.
 OTHER_STYLES = (("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
 _STYLES = {
@@ -73,7 +75,11 @@ def plot_tradeoff(
             zorder=1,
             label="Pareto front",
         )
-    for row in points[points.from_value.notna()].to_dict("records"):
+    paired = points[points.from_value.notna()]
+    if len(paired) > MANY:
+        ends = paired[["from_mib", "from_value", "size_mib", "value"]].to_numpy(float).reshape(-1, 2, 2)
+        axes.add_collection(LineCollection(list(ends), colors="#AAAAAA", linewidths=0.5, zorder=2))
+    for row in [] if len(paired) > MANY else paired.to_dict("records"):
         axes.annotate(
             "",
             (row["size_mib"], row["value"]),
@@ -213,29 +219,33 @@ def _errorbars(axes: Axes, rows: pd.DataFrame, column: str, style: tuple[str, st
 
 
 def _label(figure: Figure, axes: Axes, rows: pd.DataFrame, column: str) -> None:
-    """Name the quants beside their points, each where it covers least. Many points: only the standard ladder, and the
-    quants that are not on it."""
+    """Name the quants beside their points, each where it covers least. Many points: only the standard ladder and the
+    quants that are not on it, and of these at most MOST_ROWS."""
     figure.draw_without_rendering()  # places the axes, so that points have their pixels
+    figure.set_layout_engine("none")  # and there they stay
     pixels = figure.dpi / 72
     middle = [tuple(xy) for xy in axes.transData.transform(rows[["size_mib", column]].to_numpy(float))]
     taken = [_box(xy, 5 * pixels, 5 * pixels) for xy in middle]
-    for row in rows[rows.low.notna() & rows.high.notna()].to_dict("records"):
-        (x, low), (_, high) = axes.transData.transform([(row["size_mib"], row["low"]), (row["size_mib"], row["high"])])
-        taken.append((float(x) - 2, float(low), float(x) + 2, float(high)))
+    bars = rows[rows.low.notna() & rows.high.notna()]
+    low, high = (axes.transData.transform(bars[["size_mib", end]].to_numpy(float)) for end in ("low", "high"))
+    taken += [(x - 2, bottom, x + 2, top) for (x, bottom), (_, top) in zip(low.tolist(), high.tolist(), strict=True)]
     frame = axes.get_window_extent()
     ladder = set(rows.quant[rows.series == "standard"])
     colours = styles(rows.series)
-    for row, (x, y) in zip(rows.to_dict("records"), middle, strict=True):
-        if len(rows) > FEW and row["series"] != "standard" and row["quant"] in ladder:
-            continue
+    leaders: list[list[tuple[float, float]]] = []
+    named = list(zip(rows.to_dict("records"), middle, strict=True))
+    if len(rows) > FEW:
+        named = [one for one in named if one[0]["series"] == "standard" or one[0]["quant"] not in ladder]
+    for row, (x, y) in (named[i] for i in spread_out(len(named), MOST_ROWS)):
         text = row["quant"].upper()
         width, height = 0.66 * _LABEL_POINTS * len(text) * pixels, 1.15 * _LABEL_POINTS * pixels
         best, least, far = None, float("inf"), False
+        others = np.array(taken)
         for i, (right, up) in enumerate(_PLACES):
             centre = (x + right * (width / 2 + 5 * pixels), y + up * (height / 2 + 5 * pixels))
             box = _box(centre, width / 2, height / 2)
             out = box[0] < frame.x0 or box[2] > frame.x1 or box[1] < frame.y0 or box[3] > frame.y1
-            cost = sum(_overlap(box, other) for other in taken) + 1e6 * out + 0.5 * i
+            cost = _overlap(box, others) + 1e6 * out + 0.5 * i
             if cost < least:
                 best, least, far = (centre, box), cost, max(abs(right), abs(up)) > 1
         assert best is not None
@@ -250,19 +260,21 @@ def _label(figure: Figure, axes: Axes, rows: pd.DataFrame, column: str) -> None:
             va="center",
             fontsize=_LABEL_POINTS,
             color=colours[row["series"]][0],
-            arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.5, "shrinkB": 3} if far else None,
             zorder=5,
         )
+        if far:  # from the point to the nearest edge of its label
+            leaders.append([(x, y), (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))])
+    if leaders:
+        ends = figure.transFigure.inverted().transform(np.reshape(leaders, (-1, 2))).reshape(-1, 2, 2)
+        figure.add_artist(LineCollection(list(ends), colors="#888888", linewidths=0.5, transform=figure.transFigure))
 
 
-Box = tuple[float, float, float, float]  # left, bottom, right, top, in pixels
-
-
-def _box(centre: Sequence[float], half_width: float, half_height: float) -> Box:
+def _box(centre: Sequence[float], half_width: float, half_height: float) -> tuple[float, float, float, float]:
+    """Left, bottom, right and top, in pixels."""
     return centre[0] - half_width, centre[1] - half_height, centre[0] + half_width, centre[1] + half_height
 
 
-def _overlap(a: Box, b: Box) -> float:
-    """Square pixels that two boxes share."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    return width * height if width > 0 and height > 0 else 0.0
+def _overlap(box: Sequence[float], others: np.ndarray) -> float:
+    """Square pixels that a box shares with others [n, 4]."""
+    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    return float(sides.clip(0).prod(axis=1).sum())

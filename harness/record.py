@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,13 @@ class Record:
     def per_token(self) -> dict[str, np.ndarray]:
         """Per-token values, [n_windows, n_scored] each: nll and kld float64, nats; top int32, the likeliest token.
 
-        Raises UserError when the side file is missing or not the one that was measured.
+        Read once and kept, so not to be written to. Raises UserError when the side file is missing or not the one that
+        was measured.
         """
+        return self._per_token
+
+    @cached_property
+    def _per_token(self) -> dict[str, np.ndarray]:
         path = self.path.with_suffix(".npz")
         if not path.is_file() or sha256_file(path) != self.data.get("side_file_sha256"):
             raise UserError(f"{path} is missing or was changed: run the sweep again, it will measure this case anew")
@@ -165,32 +171,33 @@ def _refuse_constant(name: str) -> None:
 def read_records(folder: Path, wanted: Collection[str] = ()) -> list[Record]:
     """All whole records of a sweep, oldest first; of two with one label the one whose key is `wanted`, else the newer.
 
-    What cannot be read counts as absent; `unreadable_records` tells it.
+    What cannot be read counts as absent; `all_records` tells it.
     """
+
+    return newest(all_records(folder)[0], wanted)
+
+
+def newest(records: Iterable[Record], wanted: Collection[str] = ()) -> list[Record]:
+    """Oldest first; of several with one label the one whose key is `wanted`, else the newest."""
 
     def place(record: Record) -> tuple[bool, str]:
         return record.data["key"] in wanted, record.data["created_utc"]
 
-    records = sorted((one for one in _records(folder) if isinstance(one, Record)), key=place)
-    return list({record.label: record for record in records}.values())
+    return list({record.label: record for record in sorted(records, key=place)}.values())
 
 
-def unreadable_records(folder: Path) -> list[str]:
-    """What is wrong with each record that cannot be read, or whose per-token values cannot."""
-    return [str(one) for one in _records(folder) if isinstance(one, UserError)]
-
-
-def _records(folder: Path) -> list[Record | UserError]:
-    found: list[Record | UserError] = []
+def all_records(folder: Path) -> tuple[list[Record], list[str]]:
+    """The whole records of a sweep, and what is wrong with each file that is none (or has no per-token values)."""
+    records, problems = [], []
     for path in sorted((folder / RECORDS).glob("*.json")):
         try:
             record = read_record(path)
             if record.ok:
                 record.per_token()
-            found.append(record)
+            records.append(record)
         except UserError as error:
-            found.append(error)
-    return found
+            problems.append(str(error))
+    return records, problems
 
 
 def find_record(folder: Path, name: str, sweep_name: str | None = None) -> Record:
@@ -203,7 +210,7 @@ def find_record(folder: Path, name: str, sweep_name: str | None = None) -> Recor
             raise UserError(f"no record at {name}: give a file of a sweep's folder `records`")
         return read_record(Path(name))
     sweeps = [folder / sweep_name] if sweep_name else sorted(path.parent for path in folder.glob(f"*/{RECORDS}"))
-    records = [one for sweep in sweeps for one in _records(sweep) if isinstance(one, Record) and one.ok]
+    records = [one for sweep in sweeps for one in all_records(sweep)[0] if one.ok]
     found = [record for record in records if record.name == name]
     if not found:
         hint = (

@@ -19,7 +19,7 @@ from harness.frames import attribution_frame, comparison_frame, in_order, measur
 from harness.page import page
 from harness.pass_frames import layers_frame, llama_bench, speed_frame
 from harness.passes import read_speed
-from harness.record import Record, first_difference, read_records, unreadable_records
+from harness.record import Record, all_records, first_difference, newest
 from harness.stats import MIN_BLOCKS, SMALLEST_P, Interval
 from harness.store import write_atomic, write_text
 from harness.summary import key_improvements, tradeoffs
@@ -126,11 +126,12 @@ def load_results(
 
     Raises UserError when there is none, or they may not stand in one table.
     """
-    everything = [record for folder in folders for record in read_records(folder, wanted)]
-    everything.sort(key=lambda record: (record.data["key"] in wanted, record.data["created_utc"]))
-    problems = [problem for folder in folders for problem in unreadable_records(folder)]
-    problems += [f"{record.path}: {record.flaw}" for record in everything if record.flaw]
-    records = list({record.label: record for record in everything if not record.flaw}.values())
+    read = [all_records(folder) for folder in folders]
+    problems = [problem for _, of_folder in read for problem in of_folder]
+    everything = newest((record for of_folder, _ in read for record in of_folder), wanted)
+    flaws = {record.path: record.flaw for record in everything}
+    problems += [f"{path}: {flaw}" for path, flaw in flaws.items() if flaw]
+    records = [record for record in everything if not flaws[record.path]]
     if not records:
         where = ", ".join(map(str, folders))
         raise UserError(problems[0] if problems else f"{where} holds no records: run a sweep into it first")
@@ -145,7 +146,7 @@ def load_results(
     runs = runs_frame(records, timings)
     comparison = comparison_frame(runs, measured)
     speed = speed_frame(measured, timings)
-    findings = collect_findings(comparison, measured)
+    findings = collect_findings(runs, comparison, measured)
     findings["all"] += [
         finding.to_json()
         for finding in (
@@ -374,14 +375,21 @@ def _table_text(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def collect_findings(table: pd.DataFrame, measured: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
+def collect_findings(
+    runs: pd.DataFrame, table: pd.DataFrame, measured: Sequence[Record]
+) -> dict[str, list[dict[str, Any]]]:
     """All findings by case: those in the records and those that show only when cases stand side by side. The key "all"
     has what concerns every case."""
     records = {record.name: record.data for record in in_order(measured)}
     cases = {case.name: case for case in measured_cases(measured)}
     found = {name: list(data["findings"]) for name, data in records.items()}
     reference = cases.pop("reference", None)
-    for name, findings in checks.case_findings(list(cases.values()), reference).items():
+    rows = runs.set_index("name")
+    alone = rows.verdict_reason[rows.verdict_reason.notna() & rows.verdict_between.isna()]
+    dominated = {str(name): str(better) for name, better in rows.dominated_by.dropna().items()}
+    no_neighbours = {str(name): str(reason) for name, reason in alone.items()}
+    seen = checks.case_findings(list(cases.values()), reference, dominated, no_neighbours)
+    for name, findings in seen.items():
         found[name] += [finding.to_json() for finding in findings]
     for row in table.to_dict("records"):
         other, standard = row["dg_name"], row["std_name"]

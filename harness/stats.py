@@ -63,26 +63,27 @@ def mean_interval(values: np.ndarray, block_tokens: int = BLOCK_TOKENS) -> Inter
     The same values always give the same interval: the resampling is seeded.
     """
     mean = float(values.mean())
-    blocks, weights = block_means(values, block_tokens)
+    blocks, sizes = block_means(values, block_tokens)
     n = len(blocks)
     if n < MIN_BLOCKS:
         return Interval(mean, None, None, None, None, n, f"{n} blocks of tokens are too few, {MIN_BLOCKS} are needed")
     if np.ptp(blocks) == 0:
         return Interval(mean, None, None, None, None, n, "all blocks are equal: nothing to resample")
     # Weighted blocks as a ratio estimate: linearize, so that short last blocks count for less.
-    scaled = weights * n / weights.sum()
+    scaled = sizes * n / sizes.sum()
     residuals = scaled * (blocks - mean)
     se = math.sqrt(float((residuals**2).sum()) / (n * (n - 1)))
     # A replicate's sums are products with how often it chose each block: the same figures as gathering the blocks.
-    counts = _resampled(n)
-    shift = counts @ residuals / (counts @ scaled)  # the replicate's mean minus the mean
-    squares = counts @ residuals**2 - 2 * shift * (counts @ (residuals * scaled)) + shift**2 * (counts @ scaled**2)
+    weight, weight_squares = _resampled_weights(scaled.tobytes())
+    sums, squares, crossed = (_resampled(n) @ np.stack([residuals, residuals**2, residuals * scaled], axis=1)).T
+    shift = sums / weight  # the replicate's mean minus the mean
+    squares = squares - 2 * shift * crossed + shift**2 * weight_squares
     errors = np.sqrt(np.maximum(squares, 0.0) / (n * (n - 1)))
     usable = errors > 1e-9 * se  # not the replicates that chose one block n times
     t = shift[usable] / errors[usable]
     low_t, high_t = np.quantile(t, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     # Two-sided from the same quantiles as the interval: p <= 0.05 just when the interval leaves out 0.
-    tail = min(int((t >= mean / se).sum()), int((t <= mean / se).sum()))
+    tail = min(np.count_nonzero(t >= mean / se), np.count_nonzero(t <= mean / se))
     p = min(1.0, 2 * (1 + tail) / (len(t) + 1))
     return Interval(mean, se, mean - float(high_t) * se, mean - float(low_t) * se, p, n)
 
@@ -109,6 +110,14 @@ def _resampled(n: int) -> np.ndarray:
     """How often each replicate of the bootstrap chose each of n blocks: float64 [_REPLICATES, n]. Seeded."""
     chosen = np.random.default_rng(_SEED).integers(0, n, (_REPLICATES, n))
     return np.stack([np.bincount(row, minlength=n) for row in chosen]).astype(np.float64)
+
+
+@lru_cache(maxsize=4)
+def _resampled_weights(scaled: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of each replicate's block weights and of their squares: float64 [_REPLICATES] each."""
+    weights = np.frombuffer(scaled)
+    counts = _resampled(len(weights))
+    return counts @ weights, counts @ weights**2
 
 
 def block_means(values: np.ndarray, block_tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from harness.record import (
     COMPARABLE,
     SCHEMA_VERSION,
     Record,
+    all_records,
     environment,
     field,
     find_record,
@@ -22,7 +23,6 @@ from harness.record import (
     read_record,
     read_records,
     record_path,
-    unreadable_records,
     utc_now,
     write_record,
 )
@@ -125,7 +125,7 @@ def test_a_damaged_record_is_refused_with_its_path(tmp_path: Path, content: byte
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         read_record(path)
-    assert unreadable_records(tmp_path) == [str(caught.value)]
+    assert all_records(tmp_path)[1] == [str(caught.value)]
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert read_records(tmp_path) == []

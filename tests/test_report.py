@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness import checks
-from harness.compare import Measured
+from harness.compare import Measured, dominators
 from harness.errors import UserError
 from harness.passes import SpeedPass, Timing, write_speed
 from harness.pictures import Picture
@@ -952,9 +952,16 @@ def kinds(findings: Sequence[checks.Finding]) -> list[str]:
     return [finding.kind for finding in findings]
 
 
+def findings_among(
+    cases: Sequence[Measured], name: str, reference: Measured | None = REFERENCE
+) -> list[checks.Finding]:
+    """Of the case `name` beside the others."""
+    return checks.case_findings(cases, reference, dominators(cases), {})[name]
+
+
 def found(cases: Sequence[Measured], name: str) -> list[str]:
-    """Kinds of findings of the case `name` among `cases`."""
-    return kinds(checks.case_findings(cases, REFERENCE)[name])
+    """Their kinds."""
+    return kinds(findings_among(cases, name))
 
 
 def test_within_noise() -> None:
@@ -979,20 +986,20 @@ def test_too_few_tokens_are_within_noise() -> None:
 
 def test_dominated() -> None:
     good, bad, tie = case("good", 80, 0.4), case("bad", 90, 0.6), case("tie", 90, 0.4001, noise=1.0)
-    (finding,) = checks.case_findings([good, bad], REFERENCE)["bad"][:1]
+    (finding,) = findings_among([good, bad], "bad")[:1]
     assert finding.kind == "dominated"
     assert f"good is better beyond noise and {10 * MIB:,} bytes smaller" in finding.what
     assert found([good, bad], "good") == []
     assert "dominated" not in found([good, tie], "tie"), "within noise"
     assert "dominated" not in found([good, case("small", 70, 0.6)], "small"), "smaller"
-    (finding,) = checks.case_findings([good, case("bad", 80, 0.6)], REFERENCE)["bad"]
+    (finding,) = findings_among([good, case("bad", 80, 0.6)], "bad")
     assert finding.kind == "dominated", "of one size, there is no order"
     assert "of the same size" in finding.what
 
 
 def test_out_of_order() -> None:
     small, large = case("small", 80, 0.4), case("large", 90, 0.6)
-    (finding,) = (one for one in checks.case_findings([large, small], REFERENCE)["large"] if one.kind != "dominated")
+    (finding,) = (one for one in findings_among([large, small], "large") if one.kind != "dominated")
     assert finding.kind == "out_of_order"
     assert "small" in finding.what
     assert "out_of_order" not in found([small, case("large", 90, 0.3)], "large")
@@ -1004,12 +1011,12 @@ def test_better_than_reference() -> None:
     assert found([case("better", 80, -0.1)], "better")[0] == "better_than_reference"
     assert found([case("worse", 80, 0.1)], "worse") == []
     assert "better_than_reference" not in found([case("tie", 80, -0.0001, noise=1.0)], "tie"), "within noise"
-    assert checks.case_findings([case("better", 80, 0.1)], None)["better"] == [], "no reference, no such finding"
+    assert findings_among([case("better", 80, 0.1)], "better", None) == [], "no reference, no such finding"
 
 
 def test_nothing_quantized() -> None:
     same = Measured("same", "f16", "standard", 250 * MIB, COMMON, np.full(COMMON.shape, 2e-7))
-    (finding,) = checks.case_findings([same], REFERENCE)["same"]
+    (finding,) = findings_among([same], "same")
     assert (finding.kind, "2.0e-07" in finding.what) == ("nothing_quantized", True)
     real = Measured("q8_0", "q8_0", "standard", 130 * MIB, COMMON, np.full(COMMON.shape, 4e-4))
     assert found([real], "q8_0") == []
