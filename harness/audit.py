@@ -31,7 +31,11 @@ _N_PARAMS = re.compile(r"(?<=[A-Za-z0-9][-_ ])(\d{1,4}(?:\.\d{1,2})?)b(?![a-z0-9
 _CONTEXT_LINES = 40
 
 _TEXT = re.compile(
-    r"wiki[-_. ]?text|wiki\.|\bc4\b|\bptb\b|penn treebank|the pile|fineweb|redpajama|lambada", re.IGNORECASE
+    r"wiki[-_. ]?text|wiki\.|\bc4\b|\bptb\b|penn treebank|the pile|fineweb|redpajama|lambada"
+    # or any text that has a name or a checksum: "measured on the text abc", "dataset: abc", "prompt set (sha256 ...)"
+    r"|\b(?:on|over|of) the (?:text|corpus|data ?set|prompt set) [`'\"]?(?!and\b|that\b|in\b|is\b|was\b)\w"
+    r"|\b(?:text|corpus|data ?set|prompt set)s?(?:\s?[:=]\s?\S| \(?sha256)",
+    re.IGNORECASE,
 )
 _SCORED = re.compile(
     r"\d[\d,.]{0,12}\s?[kM]?\s(?:scored\s+tokens|tokens\s+(?:were\s+|are\s+)?(?:scored|evaluated|measured)|chunks|windows)"

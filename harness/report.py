@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,10 @@ def write_report(folder: Path, wanted: Collection[str] = (), allow_different: Co
 
 
 def write_full_report(results: Results, folder: Path) -> Report:
-    """Every table in every format, the plots, and one page with all of it. For `python -m harness report`."""
+    """Every table in every format, the plots, and one page with all of it. For `python -m harness report`.
+
+    Without pyarrow there are no Parquet files, and the text says so.
+    """
     written = _Written(folder)
     text = _table_text(results)
     tables = {**results.tables, **results.more_tables}
@@ -198,15 +202,19 @@ def write_full_report(results: Results, folder: Path) -> Report:
         written.text(f"{name}.html", html_table(table) + "\n")
         written.text(f"{name}.tex", latex(table) + "\n")
     frames = {"runs": results.runs, "table": results.comparison, "speed": results.speed, "layers": results.layers}
+    has_parquet = find_spec("pyarrow") is not None
     for name, frame in frames.items():
         if len(frame):
             written.text(f"{name}.csv", _runs_csv(frame) if name == "runs" else frame.to_csv(index=False))
+        if len(frame) and has_parquet:
             written.file(f"{name}.parquet", partial(frame.to_parquet, index=False))
     captions = _draw(results, written, ("png", "svg"))
     pictures = dict(zip((path for path in written.paths if path.suffix == ".png"), captions, strict=True))
     summary = [*key_improvements(results.comparison), *tradeoffs(results.comparison, results.runs, results.speed)]
     facts = _facts(results)
     written.text("report.html", page(results.title, summary, list(tables.values()), pictures, _flat(results), facts))
+    if not has_parquet:
+        text += "\nNo Parquet files: they need the package pyarrow.\n"
     return Report(text, tuple(written.paths))
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from harness.errors import UserError
 
@@ -126,6 +125,8 @@ class Cache:
     @contextmanager
     def lock(self, path: Path) -> Iterator[None]:
         """One process at a time, for whatever concerns `path`. The lock of a process that died is free."""
+        from filelock import FileLock  # only here: a report needs no lock, and runs without this library
+
         path, locks = path.absolute(), self.folder / "locks"  # of its own: a model may lie in a folder of others
         name = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
         locks.mkdir(parents=True, exist_ok=True)

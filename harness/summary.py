@@ -37,15 +37,28 @@ def tradeoffs(table: pd.DataFrame, runs: pd.DataFrame, speed: pd.DataFrame) -> l
     noise = [_label(row) for row in rows if row["dg_name"] not in told]
     if noise:
         sentences.append(f"Within noise: {', '.join(noise)}")
-    for step, word in (("prompt", "Prompt processing"), ("generate", "Generation")):
-        changes = speed[f"delta_{step}_pct"].dropna() if f"delta_{step}_pct" in speed else pd.Series(dtype=float)
-        if len(changes):
-            sentences.append(f"{word} speed changes by {changes.min():+.1f}% to {changes.max():+.1f}% (measured)")
+    timed = [row for row in rows if not pd.isna(row["std_speed_s"]) and not pd.isna(row["dg_speed_s"])]
+    if timed:
+        text = _range([100 * (row["dg_speed_s"] / row["std_speed_s"] - 1) for row in timed])
+        sentences.append(f"Seconds for the prompt set change by {text}{_spread(speed, 'prompt')}")
+    if "delta_generate_pct" in speed and speed.delta_generate_pct.notna().any():
+        text = _range(speed.delta_generate_pct.dropna().tolist())
+        sentences.append(f"Generated tokens/s change by {text}{_spread(speed, 'generate')}")
     for verdict, words in (("wins", "better"), ("ties", "not better"), ("loses", "worse")):
         names = runs[(runs.status == "ok") & (runs.verdict == verdict)]["name"]
         if len(names):
             sentences.append(f"At equal size {words} than the standard ladder: {', '.join(names)}")
     return sentences
+
+
+def _range(percents: Sequence[float]) -> str:
+    low, high = min(percents), max(percents)
+    return f"{low:+.1f}%" + (f" to {high:+.1f}%" if len(percents) > 1 else "")
+
+
+def _spread(speed: pd.DataFrame, step: str) -> str:
+    """What a change of speed must exceed to mean anything."""
+    return f" (rounds of one file differ by up to {100 * speed[f'{step}_spread'].max():.1f}%)" if len(speed) else ""
 
 
 def _beyond_noise(table: pd.DataFrame) -> Sequence[dict[Any, Any]]:

@@ -74,8 +74,11 @@ def test_sentences_say_only_what_is_beyond_noise() -> None:
     worse = comparison(delta_ppl_pct=4.0, delta_ppl_pct_low=1.0, delta_ppl_pct_high=7.0)
     assert key_improvements(worse) == []
     assert "IQ1_M: perplexity rises, +4.0% [+1.0, +7.0]" in tradeoffs(worse, runs, pd.DataFrame())
-    speed = pd.DataFrame({"delta_prompt_pct": [None, -4.9, -13.6], "delta_generate_pct": [None, None, None]})
-    assert "Prompt processing speed changes by -13.6% to -4.9% (measured)" in tradeoffs(table, runs, speed)
+    assert "Seconds for the prompt set change by +1.7% to +13.6%" in text, "209 s after 184 s, 246 s after 242 s"
+    speed = pd.DataFrame({"delta_generate_pct": [None, -4.9, -13.6], "generate_spread": [0.02, 0.123, 0.01]})
+    spoken = tradeoffs(table, runs, speed.assign(prompt_spread=0.04))
+    assert "Generated tokens/s change by -13.6% to -4.9% (rounds of one file differ by up to 12.3%)" in spoken
+    assert "Seconds for the prompt set change by +1.7% to +13.6% (rounds of one file differ by up to 4.0%)" in spoken
 
 
 def test_errors_of_delta_p_and_of_the_ppl_difference_by_simulation() -> None:
