@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.compare import Measured, difference
+from harness.compare import Measured
 from harness.ggml_types import GGML_TYPES
 from harness.passes import SpeedPass
 from harness.plan import Plan
 from harness.record import COMPARABLE, first_difference
+from harness.stats import mean_interval
 
 NEARLY_NOTHING_NATS = 1e-5
 BUSY_SHARE = 0.05
@@ -177,7 +178,7 @@ def case_findings(
         )
     for small, large in pairwise(standard):
         worse = small.file_bytes < large.file_bytes and small.mean_nll < large.mean_nll
-        if worse and difference(large, small).ln_ppl.sign == 1:
+        if worse and mean_interval(large.nll - small.nll).sign == 1:
             found[large.name].append(
                 Finding(
                     "out_of_order",
@@ -189,7 +190,7 @@ def case_findings(
             )
     for case in cases:
         lower = reference is not None and case.mean_nll < reference.mean_nll
-        if reference and lower and difference(case, reference).ln_ppl.sign == -1:
+        if reference and lower and mean_interval(case.nll - reference.nll).sign == -1:
             found[case.name].append(
                 Finding(
                     "better_than_reference",
@@ -214,7 +215,7 @@ def pair_findings(other: Measured, standard: Measured, p_holm: float | None, n_r
     """What a row of the comparison tells. p_holm: adjusted for the number of rows, n_rows."""
     if np.array_equal(other.nll, standard.nll) or (p_holm is not None and p_holm <= 0.05):
         return []
-    paired = difference(other, standard).ln_ppl
+    paired = mean_interval(other.nll - standard.nll)
     if paired.sign is None:
         return [
             Finding(

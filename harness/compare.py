@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 
@@ -91,19 +92,18 @@ def equal_size_verdict(case: Measured, ladder: Sequence[Measured]) -> Verdict:
 def dominators(cases: Sequence[Measured]) -> dict[str, str]:
     """For each dominated case the best one of the Pareto front that is no larger and better beyond noise (perplexity).
 
-    A placebo dominates nothing: it is not for use.
+    The three best of those that are no larger are tried. A placebo dominates nothing: it is not for use.
     """
     found = {}
     usable = [case for case in cases if not case.mode.startswith("placebo")]
     front = pareto_front(usable)
     best_first = sorted((case for case in usable if case.name in front), key=lambda one: one.mean_nll)
     for case in cases:
-        for other in best_first:
-            if other.mean_nll >= case.mean_nll:
-                break
-            if other.file_bytes <= case.file_bytes and mean_interval(other.nll - case.nll).sign == -1:
-                found[case.name] = other.name
-                break
+        better = (one for one in best_first if one.file_bytes <= case.file_bytes and one.mean_nll < case.mean_nll)
+        names = (one.name for one in islice(better, 3) if mean_interval(one.nll - case.nll).sign == -1)
+        best = next(names, None)
+        if best:
+            found[case.name] = best
     return found
 
 

@@ -141,13 +141,15 @@ def plot_kld_distribution(quantiles: pd.DataFrame, title: str) -> Figure:
     figure = Figure(figsize=(WIDTH_INCHES, 1.9 + 0.25 * len(quantiles)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     kinds = styles(quantiles.series)
-    for place, row in enumerate(quantiles.to_dict("records")):
-        colour = kinds[row["series"]][0]
-        axes.hlines(place, row["q0.05"], row["q0.95"], color=colour, linewidth=1.2)
-        axes.hlines(place, row["q0.25"], row["q0.75"], color=colour, linewidth=5, alpha=0.6)
-        axes.plot(row["q0.5"], place, "o", color="white", markeredgecolor=colour, markersize=5)
-        axes.plot(row["mean"], place, "D", color=colour, markersize=4.5)
-        axes.plot([row["q0.99"], row["q0.999"]], [place, place], "|", color=colour, markersize=8)
+    for series, (colour, _, _) in kinds.items():
+        places = np.flatnonzero(quantiles.series == series)
+        rows = quantiles.iloc[places]
+        axes.hlines(places, rows["q0.05"], rows["q0.95"], color=colour, linewidth=1.2)
+        axes.hlines(places, rows["q0.25"], rows["q0.75"], color=colour, linewidth=5, alpha=0.6)
+        axes.plot(rows["q0.5"], places, "o", color="white", markeredgecolor=colour, markersize=5)
+        axes.plot(rows["mean"], places, "D", color=colour, markersize=4.5)
+        for tail in ("q0.99", "q0.999"):
+            axes.plot(rows[tail], places, "|", color=colour, markersize=8)
     labels = [f"{row['quant'].upper()} {kinds[row['series']][2]}" for row in quantiles.to_dict("records")]
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.4, -0.6)

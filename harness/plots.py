@@ -127,12 +127,13 @@ def plot_delta(deltas: pd.DataFrame, title: str) -> Figure:
         row["quant"].upper() + ("" if len(kinds) == 1 else f" {kinds[row['series']][2]}")
         for row in deltas.to_dict("records")
     ]
+    places = np.arange(len(deltas))
+    axes.barh(places, deltas.delta_pct, height=0.7, color=[kinds[one][0] for one in deltas.series], alpha=0.8)
+    errors = np.stack([deltas.delta_pct - deltas.low_pct, deltas.high_pct - deltas.delta_pct])
+    axes.errorbar(deltas.delta_pct, places, xerr=errors, fmt="none", ecolor="#000000", capsize=3, elinewidth=1)
     for place, row in enumerate(deltas.to_dict("records")):
         delta, low, high = (row[name] for name in ("delta_pct", "low_pct", "high_pct"))
         known = pd.notna(low) and pd.notna(high)
-        axes.barh(place, delta, height=0.7, color=kinds[row["series"]][0], alpha=0.8)
-        if known:
-            axes.errorbar(delta, place, xerr=[[delta - low], [high - delta]], color="#000000", capsize=3, linewidth=1)
         right = delta >= 0
         axes.annotate(
             f"{delta:+.1f} %",

@@ -5,7 +5,7 @@ import math
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class Results:
             f"{prompts['window_tokens']} tokens, {data['settings']['threads']} threads"
         )
 
-    @property
+    @cached_property
     def tables(self) -> dict[str, Table]:
         """The tables that have rows, by name."""
         tables = {}

@@ -75,17 +75,25 @@ def mean_interval(values: np.ndarray, block_tokens: int = BLOCK_TOKENS) -> Inter
     se = math.sqrt(float((residuals**2).sum()) / (n * (n - 1)))
     # A replicate's sums are products with how often it chose each block: the same figures as gathering the blocks.
     weight, weight_squares = _resampled_weights(scaled.tobytes())
-    sums, squares, crossed = (_resampled(n) @ np.stack([residuals, residuals**2, residuals * scaled], axis=1)).T
+    sums, squares, crossed = np.stack([residuals, residuals**2, residuals * scaled]) @ _resampled(n)
     shift = sums / weight  # the replicate's mean minus the mean
     squares = squares - 2 * shift * crossed + shift**2 * weight_squares
     errors = np.sqrt(np.maximum(squares, 0.0) / (n * (n - 1)))
     usable = errors > 1e-9 * se  # not the replicates that chose one block n times
     t = shift[usable] / errors[usable]
-    low_t, high_t = np.quantile(t, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low_t, high_t = _quantile(t, (1 - LEVEL) / 2), _quantile(t, (1 + LEVEL) / 2)
     # Two-sided from the same quantiles as the interval: p <= 0.05 just when the interval leaves out 0.
     tail = min(np.count_nonzero(t >= mean / se), np.count_nonzero(t <= mean / se))
     p = min(1.0, 2 * (1 + tail) / (len(t) + 1))
-    return Interval(mean, se, mean - float(high_t) * se, mean - float(low_t) * se, p, n)
+    return Interval(mean, se, mean - high_t * se, mean - low_t * se, p, n)
+
+
+def _quantile(values: np.ndarray, share: float) -> float:
+    """As np.quantile, in a third of the time: a report asks thousands of times."""
+    place = share * (len(values) - 1)
+    first = min(math.floor(place), len(values) - 2)
+    low, high = np.partition(values, (first, first + 1))[first : first + 2]
+    return float(low + (place - first) * (high - low))
 
 
 # Student's t, 97.5 %, for 1 to 30 degrees of freedom (the usual table).
@@ -107,9 +115,9 @@ def small_sample_interval(values: np.ndarray) -> Interval:
 
 @lru_cache(maxsize=4)
 def _resampled(n: int) -> np.ndarray:
-    """How often each replicate of the bootstrap chose each of n blocks: float64 [_REPLICATES, n]. Seeded."""
+    """How often each replicate of the bootstrap chose each of n blocks: float64 [n, _REPLICATES]. Seeded."""
     chosen = np.random.default_rng(_SEED).integers(0, n, (_REPLICATES, n))
-    return np.stack([np.bincount(row, minlength=n) for row in chosen]).astype(np.float64)
+    return np.stack([np.bincount(row, minlength=n) for row in chosen], axis=1).astype(np.float64)
 
 
 @lru_cache(maxsize=4)
@@ -117,7 +125,7 @@ def _resampled_weights(scaled: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Sums of each replicate's block weights and of their squares: float64 [_REPLICATES] each."""
     weights = np.frombuffer(scaled)
     counts = _resampled(len(weights))
-    return counts @ weights, counts @ weights**2
+    return weights @ counts, weights**2 @ counts
 
 
 def block_means(values: np.ndarray, block_tokens: int) -> tuple[np.ndarray, np.ndarray]:
