@@ -3,6 +3,7 @@
 None below means: no rule, the tensor keeps llama.cpp's type.
 """
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from harness.config import PolicyConfig
 from harness.header import TensorInfo
 from harness.plan import STANDARD_RULE, Plan, make_plan
-from harness.policy import load_policy
+from harness.policy import Rule, load_policy
 
 POLICIES = Path(__file__).resolve().parent.parent / "conf" / "policy"
 STANDARD = "q4_0"  # llama.cpp's type in these plans: no rule gives it
@@ -31,6 +32,12 @@ DENSE_FFN = ("ffn_gate", "ffn_up", "ffn_down")
 EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 
 
+@cache
+def rules_of(policy: str) -> tuple[Rule, ...]:
+    """The rules of a shipped policy."""
+    return load_policy(PolicyConfig(file=str(POLICIES / f"{policy}.yaml")))[1]
+
+
 def plan_of(policy: str, file_type: str, n_layers: int, *, gqa: int = 1, n_experts: int = 0) -> Plan:
     """The policy's plan of a model with these layers; a mixture has shared experts, and a dense ffn_down everywhere."""
     roles = (*ATTENTION, *DENSE_FFN, *(EXPERTS if n_experts else ()))
@@ -42,7 +49,6 @@ def plan_of(policy: str, file_type: str, n_layers: int, *, gqa: int = 1, n_exper
         "llama.attention.head_count_kv": 32 // gqa,
         "llama.expert_count": n_experts,
     }
-    _, rules = load_policy(PolicyConfig(file=str(POLICIES / f"{policy}.yaml")))
     return make_plan(
         quant=file_type,
         mode="dynamicgate",
@@ -52,7 +58,7 @@ def plan_of(policy: str, file_type: str, n_layers: int, *, gqa: int = 1, n_exper
         header_bytes=0,
         standard_final=dict.fromkeys(names, STANDARD),
         standard_asked={},
-        rules=rules,
+        rules=rules_of(policy),
         metadata=metadata,
     )
 
