@@ -44,7 +44,7 @@ _HARDWARE = (
 )
 _NOT_MEASURED = "not measured"
 # Findings about the folder of results or about choosing a file, which the table of files tells already.
-_NOT_FOR_READERS = frozenset({"dominated", "not_timed", "unreadable_record"})
+_NOT_FOR_READERS = frozenset({"dominated", "not_timed", "rules_for_other_models", "unreadable_record"})
 _PLAIN_TENSOR = re.compile(r"[A-Za-z0-9._/-]+")
 
 

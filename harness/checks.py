@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
 
@@ -47,15 +48,7 @@ def plan_findings(plan: Plan) -> list[Finding]:
                 "choose a quant that the policy's rules name",
             )
         )
-    if plan.idle_rules:
-        findings.append(
-            Finding(
-                "idle_rules",
-                f"rules of the policy {plan.policy} decide no tensor of this model: {', '.join(plan.idle_rules)}",
-                "a role may be misspelt, or earlier rules take its tensors",
-                "compare the rule's roles with the tensors in the plan",
-            )
-        )
+    findings += _idle_findings(plan)
     share = plan.share_of_weights(plan.fell_back)
     if plan.fell_back:
         widths = sorted({t.shape[0] for t in plan.fell_back})
@@ -78,6 +71,49 @@ def plan_findings(plan: Plan) -> list[Finding]:
                 + lowered_summary(plan),
                 "a policy that claims more precision takes it away there",
                 "read the plan; change the rule if this is not meant",
+            )
+        )
+    return findings
+
+
+def _idle_findings(plan: Plan) -> list[Finding]:
+    """Rules that decide nothing: misspelt ones first, those for other models last and briefly."""
+    findings, idle = [], plan.idle
+    if idle.misspelt:
+        roles = sorted({t.role for t in plan.tensors})
+        said = []
+        for rule, role in idle.misspelt[:5]:
+            near = get_close_matches(role, roles, n=1)
+            said.append(f"{role[:80]!r} in {rule}{f' (did you mean {near[0]}?)' if near else ''}")
+        more = len(idle.misspelt) - len(said)
+        findings.append(
+            Finding(
+                "misspelt_roles",
+                f"rules of the policy {plan.policy} name roles that neither this model nor the GGUF format has: "
+                + ", ".join(said)
+                + (f" and {more} more" if more else ""),
+                "a role that is misspelt changes nothing",
+                "take the roles from the plan: tensor names without blk.N. and .weight",
+            )
+        )
+    if idle.rules:
+        findings.append(
+            Finding(
+                "idle_rules",
+                f"rules of the policy {plan.policy} decide no tensor of this model: {', '.join(idle.rules)}",
+                "earlier rules may take their tensors, or llama.cpp never quantizes them",
+                "compare the rule's conditions with the tensors in the plan",
+            )
+        )
+    if idle.other_models:
+        n, shown = len(idle.other_models), ", ".join(idle.other_models[:3])
+        findings.append(
+            Finding(
+                "rules_for_other_models",
+                f"{n} rule{'' if n == 1 else 's'} of the policy {plan.policy} do{'es' if n == 1 else ''} not concern "
+                f"this model: {shown}{f' and {n - 3} more' if n > 3 else ''}",
+                "they are for tensors, heads or experts that it does not have",
+                "nothing, if the policy is meant for several kinds of model",
             )
         )
     return findings

@@ -95,6 +95,7 @@ class PolicyConfig:
 
     name: str = "none"
     description: str = ""
+    ladders: list[Any] = field(default_factory=list)  # what rules with a bump climb
     rules: list[Any] = field(default_factory=list)
     file: str | None = None
     without: list[str] = field(default_factory=list)  # names of rules to leave out

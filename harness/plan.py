@@ -4,7 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 from harness.errors import UserError
 from harness.ggml_types import GGML_TYPES, GGUF_ALIGNMENT, fit_type, requires_imatrix, tensor_bytes
 from harness.header import TensorInfo
-from harness.policy import Rule, Subject, matching_rule
+from harness.idle_rules import Idle, find_idle
+from harness.policy import Rule, Subject, choose
 from harness.store import key_of
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
@@ -74,7 +75,7 @@ class Plan:
     file_type: str | None
     header_bytes: int
     tensors: tuple[TensorPlan, ...]
-    idle_rules: tuple[str, ...] = ()  # rules for this file type that decide no tensor
+    idle: Idle = field(default_factory=Idle)  # rules of the policy that decide nothing
 
     @cached_property
     def quantizable(self) -> tuple[TensorPlan, ...]:
@@ -167,6 +168,8 @@ def make_plan(
         if layer is not None:
             layers_of_role[role].append(layer)
     positions = {role: {layer: i for i, layer in enumerate(sorted(layers))} for role, layers in layers_of_role.items()}
+    last_layer = max((layer for layers in layers_of_role.values() for layer in layers), default=0)
+    used: set[str] = set()
 
     def plan_tensor(tensor: TensorInfo) -> TensorPlan:
         role, layer = role_and_layer(tensor.name)
@@ -176,18 +179,18 @@ def make_plan(
         if quantizable:
             position = None if layer is None else positions[role][layer]
             n_positions = None if layer is None else len(positions[role])
-            rule = matching_rule(rules, Subject(file_type, role, position, n_positions, gqa, n_experts))
-            if rule:
-                asked, rule_name = rule.type, rule.name
+            choice = choose(rules, Subject(file_type, role, position, n_positions, gqa, n_experts, layer, last_layer))
+            if choice:
+                asked, rule_name = choice.type, choice.text
+                used.update(choice.rules)
                 try:
                     final = fit_type(asked, tensor.shape[0])
                 except ValueError as error:
-                    raise UserError(f"policy {policy}, rule {rule.name}: {tensor.name}: {error}") from error
+                    raise UserError(f"policy {policy}, rule {rule_name}: {tensor.name}: {error}") from error
         return TensorPlan(tensor.name, role, layer, tensor.shape, quantizable, standard, asked, final, rule_name)
 
     planned = tuple(plan_tensor(t) for t in tensors)
-    used = {t.rule for t in planned}
-    idle = tuple(r.name for r in rules if r.name not in used and (not r.file_types or file_type in r.file_types))
+    idle = find_idle(rules, used, file_type, gqa, n_experts, {t.role for t in planned})
     return Plan(quant, mode, policy, file_type, header_bytes, planned, idle)
 
 

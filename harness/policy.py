@@ -1,7 +1,8 @@
 """Policies: rules, written as data, that give tensors other types than llama.cpp's own mixture. Pure functions.
 
-A rule is a mapping: `name`, `type`, and any of the conditions `file_types`, `roles`, `depth`, `min_gqa`,
-`min_experts`, `max_experts`. All conditions must hold; the first rule that holds decides. docs/policies.md explains.
+A rule is a mapping: `name`, `type` or `bump`, and any of the conditions `file_types`, `roles`, `depth`, `ends`,
+`min_gqa`, `min_experts`, `max_experts`. All conditions must hold. The first rule with a type that holds decides; where
+none does, the steps of all bump rules that hold add up on a ladder of types. docs/policies.md explains.
 """
 
 import math
@@ -16,10 +17,19 @@ import yaml
 
 from harness.config import PolicyConfig, folder_name
 from harness.errors import UserError, nearest
-from harness.ggml_types import FILE_TYPES, GGML_TYPES
+from harness.ladders import (
+    Bump,
+    Ends,
+    Ladders,
+    parse_bump,
+    parse_ends,
+    parse_ladders,
+    require_file_type,
+    require_weight_type,
+)
 
-_KEYS = ("name", "type", "file_types", "roles", "depth", "min_gqa", "min_experts", "max_experts")
-_WEIGHT_TYPES = tuple(name for name in GGML_TYPES if name not in ("i8", "i16", "i32", "i64", "f64"))
+_KEYS = ("name", "type", "bump", "file_types", "roles", "depth", "ends", "min_gqa", "min_experts", "max_experts")
+_POLICY_KEYS = ("name", "description", "ladders", "rules")
 _DEPTH = re.compile(r"(\d{1,6})(?:/(\d{1,6}))?\.\.(\d{1,6})(?:/(\d{1,6}))?")
 _MAX_FILE_BYTES = 1 << 20
 
@@ -28,16 +38,22 @@ Fraction = tuple[int, int]  # numerator, denominator
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule. Empty tuples and None mean "any". depth: half-open ranges of fractions of the model's depth."""
+    """One rule: a type, or a bump on the ladders. Empty tuples and None mean "any".
+
+    depth: half-open ranges of fractions of the model's depth.
+    """
 
     name: str
-    type: str
+    type: str | None
     file_types: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
     depth: tuple[tuple[Fraction, Fraction], ...] = ()
     min_gqa: float | None = None
     min_experts: int | None = None
     max_experts: int | None = None
+    ends: Ends | None = None
+    bump: Bump | None = None
+    ladders: Ladders | None = None  # of a bump rule
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,8 @@ class Subject:
 
     `position` counts the tensors of the same role in layer order, `n_positions` is how many there are: a model that
     skips blocks counts only the real ones. Both are None for tensors outside the blocks. `gqa`: query heads per
-    key-value head. `n_experts`: 0 for a dense model.
+    key-value head. `n_experts`: 0 for a dense model. `layer`: the block's own number, None outside the blocks;
+    `last_layer`: the highest of the model.
     """
 
     file_type: str
@@ -55,16 +72,60 @@ class Subject:
     n_positions: int | None
     gqa: float
     n_experts: int
+    layer: int | None = None
+    last_layer: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The type that the rules give a tensor, the names of the rules that gave it, and the same as text for a plan."""
+
+    type: str
+    rules: tuple[str, ...]
+    text: str
+
+
+def choose(rules: Sequence[Rule], subject: Subject) -> Choice | None:
+    """What the rules make of a tensor; None when it keeps llama.cpp's type, as where all bumps are 0.
+
+    Bumps start at the base type of the file type, whatever llama.cpp's mixture gives the tensor, and stop at the
+    ladder's end.
+    """
+    rule = matching_rule(rules, subject)
+    if rule and rule.type:
+        return Choice(rule.type, (rule.name,), rule.name)
+    steps = {r.name: _steps(r, subject.n_experts) for r in rules if r.bump and _holds(r, subject)}
+    if not steps:
+        return None
+    ladder = next(r.ladders[subject.file_type] for r in rules if r.name in steps and r.ladders)
+    chosen = ladder[min(sum(steps.values()), len(ladder) - 1)]
+    return Choice(chosen, tuple(steps), ", ".join(f"{name} +{n}" for name, n in steps.items()))
 
 
 def matching_rule(rules: Iterable[Rule], subject: Subject) -> Rule | None:
-    """The first rule whose conditions all hold."""
-    return next((rule for rule in rules if _holds(rule, subject)), None)
+    """The first rule with a type whose conditions all hold."""
+    return next((rule for rule in rules if rule.type and _holds(rule, subject)), None)
 
 
-def parse_rules(raw: Sequence[Any], where: str) -> tuple[Rule, ...]:
+def concerns_file_type(rule: Rule, file_type: str) -> bool:
+    """Whether the rule is for this file type. A bump rule needs a ladder with a base type for it."""
+    return (not rule.file_types or file_type in rule.file_types) and (rule.ladders is None or file_type in rule.ladders)
+
+
+def concerns_model(rule: Rule, gqa: float, n_experts: int) -> bool:
+    """Whether the rule is for a model of so many query heads per key-value head and experts."""
+    return (
+        (rule.min_gqa is None or gqa >= rule.min_gqa)
+        and (rule.min_experts is None or n_experts >= rule.min_experts)
+        and (rule.max_experts is None or n_experts <= rule.max_experts)
+        and (rule.bump is None or _steps(rule, n_experts) > 0)
+    )
+
+
+def parse_rules(raw: Sequence[Any], where: str, ladders: Sequence[Any] = ()) -> tuple[Rule, ...]:
     """Rules from plain YAML data. Raises UserError that names `where`, the rule and the reason."""
-    rules = tuple(_parse_rule(item, f"{where}, rule {i + 1}") for i, item in enumerate(raw))
+    parsed = parse_ladders(ladders, where)
+    rules = tuple(_parse_rule(item, f"{where}, rule {i + 1}", parsed) for i, item in enumerate(raw))
     names = [rule.name for rule in rules]
     for name in names:
         if names.count(name) > 1:
@@ -85,7 +146,7 @@ def load_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:
 
 def _read_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:
     if not settings.file:
-        return settings.name, parse_rules(settings.rules, f"policy={settings.name}")
+        return settings.name, parse_rules(settings.rules, f"policy={settings.name}", settings.ladders)
     path = Path(settings.file).expanduser()
     try:
         with path.open("rb") as file:
@@ -103,10 +164,15 @@ def _read_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:
         ) from error
     if not isinstance(data, dict) or not isinstance(data.get("rules"), list):
         raise UserError(f"policy.file={path} must be a mapping with a list `rules`, as in conf/policy/dynamicgate.yaml")
-    name = data.get("name", path.stem)
+    for key in data:
+        if key not in _POLICY_KEYS:
+            raise UserError(f"policy.file={path}: unknown key {shown(key)}.{nearest(str(key), _POLICY_KEYS)}")
+    name, ladders = data.get("name", path.stem), data.get("ladders", [])
     if not isinstance(name, str):
         raise UserError(f"policy.file={path}: name must be text, not {shown(name)}")
-    return folder_name(name)[:80], parse_rules(data["rules"], str(path))
+    if not isinstance(ladders, list):
+        raise UserError(f"policy.file={path}: ladders must be a list, not {shown(ladders)}")
+    return folder_name(name)[:80], parse_rules(data["rules"], str(path), ladders)
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -119,15 +185,11 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def _holds(rule: Rule, subject: Subject) -> bool:
-    if rule.file_types and subject.file_type not in rule.file_types:
+    if not concerns_file_type(rule, subject.file_type) or not concerns_model(rule, subject.gqa, subject.n_experts):
         return False
     if rule.roles and subject.role not in rule.roles:
         return False
-    if rule.min_gqa is not None and subject.gqa < rule.min_gqa:
-        return False
-    if rule.min_experts is not None and subject.n_experts < rule.min_experts:
-        return False
-    if rule.max_experts is not None and subject.n_experts > rule.max_experts:
+    if rule.ends and (subject.layer is None or not rule.ends.hold(subject.layer, subject.last_layer)):
         return False
     if not rule.depth:
         return True
@@ -138,31 +200,49 @@ def _holds(rule: Rule, subject: Subject) -> bool:
     return any(n * low[0] // low[1] <= subject.position < n * high[0] // high[1] for low, high in rule.depth)
 
 
-def _parse_rule(raw: Any, where: str) -> Rule:
+def _steps(rule: Rule, n_experts: int) -> int:
+    if rule.bump is None:
+        return 0
+    return rule.bump.experts if n_experts > 0 else rule.bump.dense
+
+
+def _parse_rule(raw: Any, where: str, ladders: Ladders) -> Rule:
     if not isinstance(raw, dict):
-        raise UserError(f"{where}: a rule is a mapping with name, type and conditions, not {shown(raw)}")
+        raise UserError(f"{where}: a rule is a mapping with name, type or bump, and conditions, not {shown(raw)}")
     for key in raw:
         if key not in _KEYS:
             raise UserError(f"{where}: unknown key {shown(key)}.{nearest(str(key), _KEYS)}")
-    for key in ("name", "type"):
-        if not isinstance(raw.get(key), str) or not raw[key]:
-            raise UserError(f"{where}: {key} is missing or no text")
+    if not isinstance(raw.get("name"), str) or not raw["name"]:
+        raise UserError(f"{where}: name is missing or no text")
     where = f"{where} ({raw['name']})"
-    if raw["type"] not in _WEIGHT_TYPES:
-        raise UserError(f"{where}: {raw['type']!r} is no tensor type.{nearest(raw['type'], _WEIGHT_TYPES)}")
+    if "type" in raw and "bump" in raw:
+        raise UserError(f"{where}: type and bump exclude each other: make two rules of it")
+    if "bump" not in raw and (not isinstance(raw.get("type"), str) or not raw["type"]):
+        raise UserError(f"{where}: type is missing or no text (a rule has a type or a bump)")
+    if "type" in raw:
+        require_weight_type(raw["type"], where)
     file_types = _names(raw, "file_types", where)
     for name in file_types:
-        if name not in FILE_TYPES:
-            raise UserError(f"{where}: {name!r} is no file type.{nearest(name, FILE_TYPES)}")
+        require_file_type(name, where)
+    bump = parse_bump(raw["bump"], where) if "bump" in raw else None
+    if bump:
+        for name in file_types:
+            if name not in ladders:
+                raise UserError(f"{where}: no ladder has a base type for {name}: name it in the policy's `ladders`")
+        if not ladders:
+            raise UserError(f"{where}: a bump needs `ladders` beside the policy's `rules`")
     return Rule(
         name=raw["name"],
-        type=raw["type"],
+        type=raw.get("type"),
         file_types=file_types,
         roles=_names(raw, "roles", where),
         depth=tuple(_parse_depth(item, where) for item in _names(raw, "depth", where)),
         min_gqa=_number(raw, "min_gqa", where),
         min_experts=_integer(raw, "min_experts", where),
         max_experts=_integer(raw, "max_experts", where),
+        ends=parse_ends(raw["ends"], where) if "ends" in raw else None,
+        bump=bump,
+        ladders=ladders if bump else None,
     )
 
 

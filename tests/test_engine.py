@@ -70,7 +70,7 @@ def test_an_imatrix_changes_the_mixture(tmp_path: Path) -> None:
     assert dry_run(path, "q4_0", has_imatrix=True).final[name] == "q4_1"
 
 
-@pytest.mark.parametrize("type_name", ["q8_0", "q4_k", "iq4_xs", "iq3_s", "tq2_0", "mxfp4"])
+@pytest.mark.parametrize("type_name", ["f32", "q8_0", "q4_k", "iq4_xs", "iq3_s", "tq2_0", "mxfp4"])
 def test_overrides_reach_every_tensor(tiny_gguf: Path, tmp_path: Path, type_name: str) -> None:
     final = standard_types(tiny_gguf, ["q4_0"], has_imatrix=False)["q4_0"].final
     target = tmp_path / "out.gguf"

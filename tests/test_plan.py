@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+from harness import checks
 from harness.errors import UserError
 from harness.ggml_types import GGML_TYPES, fit_type, tensor_bytes
 from harness.header import TensorInfo
+from harness.idle_rules import Idle
+from harness.ladders import Bump, Ends
 from harness.plan import (
     STANDARD_RULE,
     Plan,
@@ -355,6 +358,95 @@ def test_rules_see_the_file_type_the_heads_and_the_experts() -> None:
         (Rule("a", "q8_0", roles=("attn_v.weight",)), False),
     ]:
         assert (plan(tensors, rule, metadata=metadata).tensors[0].rule == "a") == holds, rule
+
+
+def test_ends_go_by_the_block_s_own_number_and_the_model_s_last_block() -> None:
+    """ffn_down in blocks 1, 3, 7 and 9 of 11: block 10 is at 10, so 3 and 7 lie between 2 and 8."""
+    tensors = [tensor(f"blk.{i}.attn_q.weight", 256, 4) for i in range(11)] + down(1, 3, 7, 9)
+    made = plan(tensors, Rule("ends", "q8_0", roles=("ffn_down",), ends=Ends(2, 8)))
+    assert types(made) == {1: "q8_0", 3: "iq1_m", 7: "iq1_m", 9: "q8_0"}
+
+
+# --- bumps
+
+LADDERS = {"iq1_m": ("iq1_m", "iq2_s", "iq4_xs"), "q4_k_m": ("q4_k", "q5_k")}
+
+
+def bump(name: str, steps: int, **conditions: Any) -> Rule:
+    """A rule for dense models and mixtures alike."""
+    return Rule(name, None, bump=Bump(steps, steps), ladders=LADDERS, **conditions)
+
+
+def test_a_plan_shows_the_steps_of_every_rule() -> None:
+    made = plan(down(0, 1, 2), bump("all", 1), bump("first", 1, ends=Ends(0, 10)))
+    assert types(made) == {0: "iq4_xs", 1: "iq2_s", 2: "iq4_xs"}
+    assert [t.rule for t in made.tensors] == ["all +1, first +1", "all +1", "all +1, first +1"]
+    assert made.idle == Idle()
+
+
+def test_a_bump_that_ends_below_llama_cpp_s_type_is_shown_as_lowered() -> None:
+    """The ladder begins at the file type's base, here IQ1_M: +1 gives IQ2_S, 2.5625 bits, below Q4_K's 4.5."""
+    made = plan(down(0), bump("all", 1), standard="q4_k")
+    assert [t.type for t in made.lowered] == ["iq2_s"]
+    (finding,) = (f for f in checks.plan_findings(made) if f.kind == "lowered")
+    assert finding.what.endswith("ffn_down Q4_K -> IQ2_S")
+
+
+def test_a_bumped_type_falls_back_as_any_other() -> None:
+    (planned,) = plan(down(0, width=576), bump("all", 1)).tensors
+    assert (planned.asked, planned.type) == ("iq2_s", "iq4_nl")
+
+
+def test_a_tensor_forced_to_f32() -> None:
+    """Four bytes a weight, no imatrix needed, not lowered."""
+    tensors = [tensor("blk.0.ssm_alpha.weight", 100, 2), tensor("blk.0.ssm_out.weight", 256, 2)]
+    made = plan(tensors, bump("all", 1), Rule("forced", "f32", roles=("ssm_alpha",)))
+    alpha, out = made.tensors
+    assert (alpha.type, alpha.n_bytes, alpha.rule, alpha.fell_back) == ("f32", 800, "forced", False)
+    assert (out.type, out.rule) == ("iq2_s", "all +1")
+    assert made.needs_imatrix == ("blk.0.ssm_out.weight",)
+    assert not made.lowered
+
+
+# --- rules that decide nothing
+
+
+def test_rules_that_decide_nothing_are_told_apart() -> None:
+    tensors = [*down(0, 1), tensor("blk.0.attn_v.weight", 256, 4), norm("blk.0.attn_norm.weight", 256)]
+    made = plan(
+        tensors,
+        Rule("used", "q8_0", roles=("ffn_down", "ffn_down_exps")),
+        Rule("taken", "q4_k", roles=("ffn_down",)),
+        Rule("no_layer", "q4_k", roles=("attn_v",), depth=(((1, 4), (1, 2)),)),
+        Rule("never_quantized", "q4_k", roles=("attn_norm",)),
+        Rule("misspelt", "q4_k", roles=("fnn_down",)),
+        Rule("half_misspelt", "q5_k", roles=("attn_v", "atn_k")),
+        Rule("heads", "q4_k", min_gqa=4),
+        Rule("experts", "q4_k", roles=("attn_v",), min_experts=8),
+        Rule("dense_only", "q4_k", roles=("attn_v",), max_experts=0),
+        Rule("ssm", "f32", roles=("ssm_alpha", "ssm_beta", "attn_k.bias")),
+        Rule("no_steps", None, bump=Bump(0, 4), ladders=LADDERS),
+        bump("other_ladder", 1, file_types=("q4_k_m",)),
+        Rule("other_file", "q4_k", ("iq1_s",)),
+    )
+    assert made.idle.rules == ("taken", "no_layer", "never_quantized", "misspelt", "dense_only")
+    assert made.idle.other_models == ("heads", "experts", "ssm", "no_steps")
+    assert made.idle.misspelt == (("misspelt", "fnn_down"), ("half_misspelt", "atn_k"))
+    said = {f.kind: f.what for f in checks.plan_findings(made)}
+    assert "'fnn_down' in misspelt (did you mean ffn_down?)" in said["misspelt_roles"]
+    assert "'atn_k' in half_misspelt" in said["misspelt_roles"]
+    assert "taken, no_layer, never_quantized, misspelt, dense_only" in said["idle_rules"]
+    assert said["rules_for_other_models"].endswith("this model: heads, experts, ssm and 1 more")
+
+
+def test_a_bump_below_a_type_for_the_same_tensors_decides_nothing() -> None:
+    made = plan(down(0), Rule("forced", "q8_0", roles=("ffn_down",)), bump("shadowed", 1))
+    assert made.idle == Idle(rules=("shadowed",))
+    assert [t.rule for t in made.tensors] == ["forced"]
+
+
+def test_no_finding_when_every_rule_decides_something() -> None:
+    assert checks.plan_findings(plan(down(0, 1, 2, 3), *ENDS_AND_MIDDLE)) == []
 
 
 # --- metadata

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from harness.config import PolicyConfig
 from harness.errors import UserError
 from harness.ggml_types import FILE_TYPES
-from harness.policy import Rule, Subject, load_policy, matching_rule, parse_rules
+from harness.ladders import Bump, Ends
+from harness.policy import Rule, Subject, choose, load_policy, matching_rule, parse_rules
 
 POLICY = Path(__file__).resolve().parent.parent / "conf" / "policy" / "dynamicgate.yaml"
 
@@ -77,8 +78,8 @@ def rules() -> tuple[Rule, ...]:
 
 def chosen(rules: tuple[Rule, ...], file_type: str, role: str, i: int | None = None, n: int | None = None) -> str:
     """Type that the rules give to a tensor of a dense model without grouped queries; 'none' when no rule holds."""
-    rule = matching_rule(rules, Subject(file_type, role, i, n, 1.0, 0))
-    return rule.type if rule else "none"
+    choice = choose(rules, Subject(file_type, role, i, n, 1.0, 0))
+    return choice.type if choice else "none"
 
 
 def subject(**changes: Any) -> Subject:
@@ -226,9 +227,82 @@ def test_adjoining_ranges_cover_every_layer_once(n: int, cuts: list[int]) -> Non
         assert sum(bool(matching_rule([rule], subject(position=position, n_positions=n))) for rule in rules) == 1
 
 
+# --- bumps on a ladder
+
+LADDERS = [
+    {"types": ["iq1_s", "iq2_xs", "iq3_s", "q4_k"], "base": {"iq1_m": "iq1_s", "iq2_xs": "iq2_xs"}},
+    {"types": ["q2_k", "q4_k", "q8_0"], "base": {"q2_k": "q2_k"}},
+]
+
+
+def bumped(*raw: dict[str, Any], **changes: Any) -> tuple[str, str] | None:
+    """Type and text that rules with these ladders give to a tensor."""
+    choice = choose(parse_rules(raw, "here", LADDERS), subject(**changes))
+    return (choice.type, choice.text) if choice else None
+
+
+def test_bumps_of_all_rules_that_hold_add_up() -> None:
+    rules = [
+        {"name": "a", "bump": 1, "roles": ["x"]},
+        {"name": "b", "bump": 2, "roles": ["y"]},
+        {"name": "c", "bump": 1, "file_types": ["iq1_m"]},
+    ]
+    assert bumped(*rules) == ("iq3_s", "a +1, c +1")
+    assert bumped(*rules, role="y") == ("q4_k", "b +2, c +1")
+    assert bumped(*rules, role="z") == ("iq2_xs", "c +1")
+    assert bumped(*rules, file_type="iq2_xs") == ("iq3_s", "a +1"), "a higher base"
+    assert bumped(*rules, file_type="q2_k") == ("q4_k", "a +1"), "another ladder"
+    assert bumped(*rules, file_type="iq1_s") is None, "no ladder has a base for it"
+    assert bumped(*rules, role="z", file_type="q2_k") is None
+
+
+def test_a_bump_stops_at_the_end_of_its_ladder() -> None:
+    assert bumped({"name": "a", "bump": 3}) == ("q4_k", "a +3")
+    assert bumped({"name": "a", "bump": 4}) == ("q4_k", "a +4")
+    assert bumped({"name": "a", "bump": 99}, {"name": "b", "bump": 99}) == ("q4_k", "a +99, b +99")
+
+
+def test_dense_models_and_mixtures_have_steps_of_their_own() -> None:
+    rules = [{"name": "a", "bump": {"dense": 0, "experts": 2}}, {"name": "b", "bump": {"dense": 1, "experts": 0}}]
+    assert bumped(*rules) == ("iq2_xs", "b +1")
+    assert bumped(*rules, n_experts=1) == bumped(*rules, n_experts=64) == ("iq3_s", "a +2")
+    assert bumped(rules[0]) is None, "no steps: the tensor keeps llama.cpp's type"
+
+
+def test_a_type_wins_over_bumps_wherever_it_stands() -> None:
+    bump, forced = {"name": "a", "bump": 3}, {"name": "b", "type": "f32", "roles": ["x"]}
+    assert bumped(bump, forced) == bumped(forced, bump) == ("f32", "b")
+    assert bumped(bump, forced, role="y") == ("q4_k", "a +3")
+
+
+def test_ends_by_hand() -> None:
+    """12 layers, the last is 11: layer 2 is at 1.82, 3 at 2.73, 8 at 7.27, 9 at 8.18."""
+
+    def layers(ends: dict[str, float], n: int) -> list[int]:
+        rules = parse_rules([{"name": "a", "type": "q4_k", "ends": ends}], "here")
+        return [i for i in range(n) if choose(rules, subject(layer=i, last_layer=n - 1))]
+
+    assert layers({"low": 2, "high": 8}, 12) == [0, 1, 2, 9, 10, 11]
+    assert layers({"low": 2, "high": 8}, 11) == [0, 1, 2, 8, 9, 10], "2 and 8 themselves count"
+    assert layers({"low": 0, "high": 10}, 12) == [0, 11]
+    assert layers({"low": 2.5, "high": 7.5}, 12) == [0, 1, 2, 9, 10, 11]
+    assert layers({"low": 3, "high": 7}, 12) == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert layers({"low": 0, "high": 10}, 1) == [0]
+    # 2 of 10 is exact in whole numbers, whatever a float makes of 7 / 35
+    assert layers({"low": 2, "high": 8}, 36) == [*range(8), *range(28, 36)]
+    outside = parse_rules([{"name": "a", "type": "q4_k", "ends": {"low": 2, "high": 8}}], "here")
+    assert choose(outside, subject(position=None, n_positions=None, layer=None, last_layer=11)) is None
+
+
+def test_a_rule_with_a_bump_is_read_as_it_stands() -> None:
+    (rule,) = parse_rules([{"name": "a", "bump": 2, "ends": {"low": 1, "high": 9.5}}], "here", LADDERS[1:])
+    assert rule == Rule("a", None, ends=Ends(1, 9.5), bump=Bump(2, 2), ladders={"q2_k": ("q2_k", "q4_k", "q8_0")})
+
+
 # --- rules that cannot be used
 
 GOOD = {"name": "first", "type": "q4_k"}
+BUMP = {"name": "b", "bump": 1}
 
 
 @pytest.mark.parametrize(
@@ -275,16 +349,84 @@ GOOD = {"name": "first", "type": "q4_k"}
         ({**GOOD, "name": "b", "min_experts": 1.5}, ["(b)", "min_experts", "whole number", "1.5"]),
         ({**GOOD, "name": "b", "min_experts": False}, ["(b)", "min_experts", "whole number", "False"]),
         ({**GOOD, "name": "b", "max_experts": "many"}, ["(b)", "max_experts", "whole number", "'many'"]),
+        ({**BUMP, "type": "q4_k"}, ["(b)", "type and bump", "two rules"]),
+        ({**BUMP, "type": None}, ["(b)", "type and bump"]),
+        ({"name": "b", "bumps": 1}, ["unknown key 'bumps'", "bump"]),
+        ({"bump": 1}, ["name", "missing"]),
+        ({**BUMP, "bump": None}, ["(b)", "bump", "None"]),
+        ({**BUMP, "bump": "2"}, ["(b)", "bump", "'2'"]),
+        ({**BUMP, "bump": 1.5}, ["(b)", "bump", "1.5"]),
+        ({**BUMP, "bump": True}, ["(b)", "bump", "True"]),
+        ({**BUMP, "bump": -1}, ["(b)", "bump", "0 to 99", "-1"]),
+        ({**BUMP, "bump": 100}, ["(b)", "bump", "0 to 99", "100"]),
+        ({**BUMP, "bump": 0}, ["(b)", "0 steps", "leave the rule out"]),
+        ({**BUMP, "bump": {"dense": 0, "experts": 0}}, ["(b)", "0 steps"]),
+        ({**BUMP, "bump": {"dense": 2}}, ["(b)", "bump", "experts: 4"]),
+        ({**BUMP, "bump": {"dense": 2, "moe": 4}}, ["(b)", "bump", "experts: 4"]),
+        ({**BUMP, "bump": {"dense": 2, "experts": "4"}}, ["(b)", "bump", "experts: 4"]),
+        ({**BUMP, "file_types": ["q2_k", "q4_k_m"]}, ["(b)", "no ladder", "q4_k_m"]),
+        ({**BUMP, "file_types": ["q2_kk"]}, ["(b)", "'q2_kk'", "no file type"]),
+        ({**BUMP, "ends": 2}, ["(b)", "ends", "low: 2, high: 8"]),
+        ({**BUMP, "ends": {"low": 2}}, ["(b)", "ends", "low: 2, high: 8"]),
+        ({**BUMP, "ends": {"low": 2, "hihg": 8}}, ["(b)", "ends", "low: 2, high: 8"]),
+        ({**BUMP, "ends": {"low": "2", "high": 8}}, ["(b)", "low", "number"]),
+        ({**BUMP, "ends": {"low": None, "high": 8}}, ["(b)", "ends", "0..10"]),
+        ({**BUMP, "ends": {"low": 8, "high": 2}}, ["(b)", "ends", "rise"]),
+        ({**BUMP, "ends": {"low": 5, "high": 5}}, ["(b)", "ends", "rise"]),
+        ({**BUMP, "ends": {"low": -1, "high": 8}}, ["(b)", "ends", "0..10"]),
+        ({**BUMP, "ends": {"low": 2, "high": 11}}, ["(b)", "ends", "0..10"]),
+        ({**GOOD, "name": "b", "ends": {"low": 2, "high": float("nan")}}, ["(b)", "high", "number"]),
     ],
 )
 def test_a_wrong_rule_is_refused_with_its_place_and_the_reason(rule: Any, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        parse_rules([GOOD, rule], "the/file.yaml")
+        parse_rules([GOOD, rule], "the/file.yaml", LADDERS)
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith("the/file.yaml, rule 2")
     for word in words:
         assert word in message
+
+
+TYPES, BASE = ["q2_k", "q4_k"], {"q2_k": "q2_k"}
+
+
+@pytest.mark.parametrize(
+    ("ladder", "words"),
+    [
+        (["q2_k", "q4_k"], ["mapping", "['q2_k', 'q4_k']"]),
+        ({"types": TYPES}, ["base", "None"]),
+        ({"base": BASE}, ["types", "list", "None"]),
+        ({"types": TYPES, "base": BASE, "step": 1}, ["unknown key 'step'"]),
+        ({"type": TYPES, "base": BASE}, ["unknown key 'type'", "types"]),
+        ({"types": "q2_k", "base": BASE}, ["types", "list"]),
+        ({"types": ["q2_k"], "base": BASE}, ["two or more"]),
+        ({"types": ["q2_k", "q4_k", "q2_k"], "base": BASE}, ["different"]),
+        ({"types": ["q2_k", "q4_kk"], "base": BASE}, ["'q4_kk'", "no tensor type", "q4_k"]),
+        ({"types": ["q2_k", "q4_k_m"], "base": BASE}, ["'q4_k_m'", "no tensor type", "q4_k"]),
+        ({"types": ["q2_k", "i8"], "base": BASE}, ["'i8'", "no tensor type"]),
+        ({"types": TYPES, "base": {}}, ["base", "{}"]),
+        ({"types": TYPES, "base": ["q2_k"]}, ["base", "['q2_k']"]),
+        ({"types": TYPES, "base": {"q2_x": "q2_k"}}, ["'q2_x'", "no file type", "q2_k"]),
+        ({"types": TYPES, "base": {7: "q2_k"}}, ["7", "no file type"]),
+        ({"types": TYPES, "base": {"q2_k": "q3_k"}}, ["q2_k", "'q3_k'", "not among"]),
+        ({"types": TYPES, "base": {"q2_k": ["q2_k"]}}, ["q2_k", "not among"]),
+        ({"types": TYPES, "base": {"iq1_m": "q2_k"}}, ["another ladder", "iq1_m"]),
+    ],
+)
+def test_a_wrong_ladder_is_refused_with_its_place_and_the_reason(ladder: Any, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_rules([GOOD], "the/file.yaml", [LADDERS[0], ladder])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("the/file.yaml, ladder 2: ")
+    for word in words:
+        assert word in message
+
+
+def test_a_bump_without_ladders_is_refused() -> None:
+    with pytest.raises(UserError, match=r"the/file\.yaml, rule 1 \(b\): a bump needs `ladders`"):
+        parse_rules([BUMP], "the/file.yaml")
 
 
 def test_two_rules_of_one_name_are_refused() -> None:
@@ -332,6 +474,28 @@ def test_rules_from_the_configuration() -> None:
     name, rules = load_policy(PolicyConfig(name="p", rules=[GOOD]))
     assert (name, rules) == ("p", (Rule("first", "q4_k"),))
     assert refusal(PolicyConfig(name="p", rules=[GOOD, {"name": "x"}])).startswith("policy=p, rule 2")
+    assert refusal(PolicyConfig(name="p", rules=[], ladders=["q2_k"])).startswith("policy=p, ladder 1")
+
+
+def test_bump_rules_can_be_left_out() -> None:
+    raw = [BUMP, {"name": "c", "bump": 1}]
+    name, rules = load_policy(PolicyConfig(name="p", ladders=LADDERS, rules=raw, without=["b"]))
+    choice = choose(rules, subject())
+    assert choice is not None
+    assert (name, choice.type, choice.text) == ("p_without_b", "iq2_xs", "c +1")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rules: []\nladder: []", "unknown key 'ladder'. Did you mean ladders"),
+        ("rules: []\nladders: {types: [q2_k]}", "ladders must be a list"),
+        ("rules: []\nladders: [{types: [q2_k, q9_k], base: {q2_k: q2_k}}]", "mine.yaml, ladder 1: 'q9_k'"),
+        ("rules: [{name: a, bump: 1}]", "mine.yaml, rule 1 (a): a bump needs `ladders`"),
+    ],
+)
+def test_wrong_ladders_in_a_file_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    assert said in refusal(write(tmp_path, text))
 
 
 def test_a_file_wins_over_the_rules_of_the_configuration(tmp_path: Path) -> None:
