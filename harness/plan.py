@@ -75,6 +75,7 @@ class Plan:
     header_bytes: int
     tensors: tuple[TensorPlan, ...]
     idle_rules: tuple[str, ...] = ()  # rules for this file type that decide no tensor
+    metadata: tuple[tuple[str, str | int], ...] = ()  # what the file says of its origin, see harness.provenance
 
     @cached_property
     def quantizable(self) -> tuple[TensorPlan, ...]:

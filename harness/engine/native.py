@@ -82,6 +82,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
         "gguf_get_arr_type": (ctypes.c_int, [handle, i64]),
         "gguf_get_arr_n": (size, [handle, i64]),
         "gguf_get_arr_data": (handle, [handle, i64]),
+        "gguf_get_arr_str": (text, [handle, i64, size]),
         "gguf_get_val_data": (handle, [handle, i64]),
         "gguf_get_val_str": (text, [handle, i64]),
         "gguf_get_n_tensors": (i64, [handle]),
@@ -91,6 +92,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
         "gguf_get_tensor_offset": (size, [handle, i64]),
         "gguf_get_tensor_size": (size, [handle, i64]),
         "gguf_set_val_u32": (None, [handle, text, ctypes.c_uint32]),
+        "gguf_set_val_str": (None, [handle, text, text]),
         "gguf_remove_key": (i64, [handle, text]),
     }
     for name, (result, arguments) in signatures.items():

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import llama_cpp
 import numpy as np
@@ -81,17 +82,23 @@ def quantize(
     overrides: Mapping[str, str],
     imatrix: Mapping[str, np.ndarray],
     n_threads: int,
+    metadata: Mapping[str, str | int] = MappingProxyType({}),
     allow_requantize: bool = False,
     on_progress: Callable[[float], None] | None = None,
 ) -> None:
     """Write `target` with the type that `overrides` gives to each tensor (name -> lower-case type).
 
-    `imatrix`: float32 weights by tensor name, one a column (times the number of experts). `on_progress` receives the
+    `imatrix`: float32 weights by tensor name, one a column (times the number of experts). `metadata`: keys for the
+    header beside those of the source, texts of at most 127 bytes and numbers below 2^32. `on_progress` receives the
     share of tensors begun. Raises EngineError when llama.cpp fails.
     """
     params = _params(file_type, n_threads)
     params.allow_requantize = allow_requantize
-    keep_alive = [_attach_overrides(params, overrides), _attach_imatrix(params, imatrix)]
+    keep_alive = [
+        _attach_overrides(params, overrides),
+        _attach_imatrix(params, imatrix),
+        _attach_metadata(params, metadata),
+    ]
 
     def on_line(line: str) -> None:
         match = _LINE.search(line)
@@ -131,6 +138,19 @@ def _attach_imatrix(params: llama_cpp.llama_model_quantize_params, imatrix: Mapp
     if imatrix:
         params.imatrix = ctypes.cast(array, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
     return kept
+
+
+def _attach_metadata(params: llama_cpp.llama_model_quantize_params, metadata: Mapping[str, str | int]) -> object:
+    array = (llama_cpp.llama_model_kv_override * (len(metadata) + 1))()  # an empty key ends it
+    for entry, (key, value) in zip(array, metadata.items(), strict=False):
+        entry.key = key.encode()
+        if isinstance(value, int):
+            entry.tag, entry.value.val_i64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        else:
+            entry.tag, entry.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+    if metadata:
+        params.kv_overrides = ctypes.cast(array, ctypes.POINTER(llama_cpp.llama_model_kv_override))
+    return array
 
 
 def _run(
