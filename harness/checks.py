@@ -51,9 +51,9 @@ def plan_findings(plan: Plan) -> list[Finding]:
         findings.append(
             Finding(
                 "idle_rules",
-                f"rules of the policy {plan.policy} decide no tensor of this model: {', '.join(plan.idle_rules)}",
-                "a role may be misspelt, or earlier rules take its tensors",
-                "compare the rule's roles with the tensors in the plan",
+                f"rules of the policy {plan.policy} decide no tensor of this model: " + _first(plan.idle_rules),
+                "a role or pattern may be misspelt, or earlier rules take its tensors",
+                "compare the rule's roles and patterns with the tensors in the plan",
             )
         )
     share = plan.share_of_weights(plan.fell_back)
@@ -81,6 +81,11 @@ def plan_findings(plan: Plan) -> list[Finding]:
             )
         )
     return findings
+
+
+def _first(names: Sequence[str], n: int = 8) -> str:
+    more = len(names) - n
+    return ", ".join(names[:n]) + (f" and {more} more" if more > 0 else "")
 
 
 def reference_findings(reference: dict[str, Any]) -> list[Finding]:

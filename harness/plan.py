@@ -13,7 +13,7 @@ import numpy as np
 from harness.errors import UserError
 from harness.ggml_types import GGML_TYPES, GGUF_ALIGNMENT, fit_type, requires_imatrix, tensor_bytes
 from harness.header import TensorInfo
-from harness.policy import Rule, Subject, matching_rule
+from harness.policy import Rule, Subject, matching_rule, names_tensor
 from harness.store import key_of
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
@@ -177,7 +177,7 @@ def make_plan(
         if quantizable:
             position = None if layer is None else positions[role][layer]
             n_positions = None if layer is None else len(positions[role])
-            rule = matching_rule(rules, Subject(file_type, role, position, n_positions, gqa, n_experts))
+            rule = matching_rule(rules, Subject(file_type, role, position, n_positions, gqa, n_experts, tensor.name))
             if rule:
                 asked, rule_name = rule.type, rule.name
                 try:
@@ -188,6 +188,9 @@ def make_plan(
 
     planned = tuple(plan_tensor(t) for t in tensors)
     used = {t.rule for t in planned}
+    # A recipe may also name tensors that llama.cpp leaves alone: no mistake where they have that type.
+    kept = [t for t in planned if not t.quantizable]
+    used |= {r.name for r in rules for t in kept if t.type == r.type and names_tensor(r, t.name)}
     idle = tuple(r.name for r in rules if r.name not in used and (not r.file_types or file_type in r.file_types))
     return Plan(quant, mode, policy, file_type, header_bytes, planned, idle)
 

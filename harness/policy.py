@@ -1,6 +1,6 @@
 """Policies: rules, written as data, that give tensors other types than llama.cpp's own mixture. Pure functions.
 
-A rule is a mapping: `name`, `type`, and any of the conditions `file_types`, `roles`, `depth`, `min_gqa`,
+A rule is a mapping: `name`, `type`, and any of the conditions `file_types`, `roles`, `tensors`, `depth`, `min_gqa`,
 `min_experts`, `max_experts`. All conditions must hold; the first rule that holds decides. docs/policies.md explains.
 """
 
@@ -17,8 +17,9 @@ import yaml
 from harness.config import PolicyConfig, folder_name
 from harness.errors import UserError, nearest
 from harness.ggml_types import FILE_TYPES, GGML_TYPES
+from harness.recipes import MAX_PATTERNS, check_pattern, is_found, is_whole_name, parse_recipe
 
-_KEYS = ("name", "type", "file_types", "roles", "depth", "min_gqa", "min_experts", "max_experts")
+_KEYS = ("name", "type", "file_types", "roles", "depth", "min_gqa", "min_experts", "max_experts", "tensors")
 _WEIGHT_TYPES = tuple(name for name in GGML_TYPES if name not in ("i8", "i16", "i32", "i64", "f64"))
 _DEPTH = re.compile(r"(\d{1,6})(?:/(\d{1,6}))?\.\.(\d{1,6})(?:/(\d{1,6}))?")
 _MAX_FILE_BYTES = 1 << 20
@@ -38,6 +39,7 @@ class Rule:
     min_gqa: float | None = None
     min_experts: int | None = None
     max_experts: int | None = None
+    tensors: tuple[str, ...] = ()  # patterns; one of them must be found in the tensor's whole name
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,17 @@ class Subject:
     n_positions: int | None
     gqa: float
     n_experts: int
+    name: str = ""
 
 
 def matching_rule(rules: Iterable[Rule], subject: Subject) -> Rule | None:
     """The first rule whose conditions all hold."""
     return next((rule for rule in rules if _holds(rule, subject)), None)
+
+
+def names_tensor(rule: Rule, tensor_name: str) -> bool:
+    """Whether one of the rule's patterns is found in the name."""
+    return any(is_found(pattern, tensor_name) for pattern in rule.tensors)
 
 
 def parse_rules(raw: Sequence[Any], where: str) -> tuple[Rule, ...]:
@@ -69,6 +77,9 @@ def parse_rules(raw: Sequence[Any], where: str) -> tuple[Rule, ...]:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{where}: two rules are called {name!r}: give each its own name")
+    searched = [pattern for rule in rules for pattern in rule.tensors if not is_whole_name(pattern)]
+    if len(searched) > MAX_PATTERNS:
+        raise UserError(f"{where}: {len(searched)} patterns beside whole names: give at most {MAX_PATTERNS}")
     return rules
 
 
@@ -87,16 +98,15 @@ def _read_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:
     if not settings.file:
         return settings.name, parse_rules(settings.rules, f"policy={settings.name}")
     path = Path(settings.file).expanduser()
+    if settings.kind == "like":  # its rules are made when the reference is known, see harness.like
+        if not path.is_file():
+            raise UserError(f"policy.file={path} is no file: check the path")
+        return folder_name(f"like_{path.stem}")[:80], ()
+    content = _read_bytes(path)
+    if settings.kind == "recipe":
+        return _read_recipe(path, content)
     try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_FILE_BYTES + 1)
-        if len(text) > _MAX_FILE_BYTES:
-            raise UserError(f"policy.file={path} has more than {_MAX_FILE_BYTES:,} bytes: that is no policy")
-        data = yaml.load(text.decode(), _PlainLoader)  # noqa: S506  # a SafeLoader that takes even less
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"policy.file={path} cannot be read ({error.strerror}): check the path") from error
+        data = yaml.load(content.decode(), _PlainLoader)  # noqa: S506  # a SafeLoader that takes even less
     except Exception as error:  # YAML's constructors raise ValueError, KeyError, RecursionError ... on odd values
         raise UserError(
             f"policy.file={path} is no YAML ({' '.join(str(error).split())[:300]}): mend the file"
@@ -107,6 +117,26 @@ def _read_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:
     if not isinstance(name, str):
         raise UserError(f"policy.file={path}: name must be text, not {shown(name)}")
     return folder_name(name)[:80], parse_rules(data["rules"], str(path))
+
+
+def _read_recipe(path: Path, content: bytes) -> tuple[str, tuple[Rule, ...]]:
+    try:
+        text = content.decode("utf-8-sig")
+    except ValueError as error:
+        raise UserError(f"policy.file={path} is no text: give a recipe, or policy=like for a GGUF") from error
+    rules = parse_rules(parse_recipe(text, str(path)), str(path))
+    return folder_name(f"recipe_{path.stem}")[:80], rules
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"policy.file={path} cannot be read ({error.strerror}): check the path") from error
+    if len(content) > _MAX_FILE_BYTES:
+        raise UserError(f"policy.file={path} has more than {_MAX_FILE_BYTES:,} bytes: that is no policy")
+    return content
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -122,6 +152,8 @@ def _holds(rule: Rule, subject: Subject) -> bool:
     if rule.file_types and subject.file_type not in rule.file_types:
         return False
     if rule.roles and subject.role not in rule.roles:
+        return False
+    if rule.tensors and not names_tensor(rule, subject.name):
         return False
     if rule.min_gqa is not None and subject.gqa < rule.min_gqa:
         return False
@@ -154,6 +186,9 @@ def _parse_rule(raw: Any, where: str) -> Rule:
     for name in file_types:
         if name not in FILE_TYPES:
             raise UserError(f"{where}: {name!r} is no file type.{nearest(name, FILE_TYPES)}")
+    tensors = _names(raw, "tensors", where)
+    for pattern in tensors:
+        check_pattern(pattern, where)
     return Rule(
         name=raw["name"],
         type=raw["type"],
@@ -163,6 +198,7 @@ def _parse_rule(raw: Any, where: str) -> Rule:
         min_gqa=_number(raw, "min_gqa", where),
         min_experts=_integer(raw, "min_experts", where),
         max_experts=_integer(raw, "max_experts", where),
+        tensors=tensors,
     )
 
 

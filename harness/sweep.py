@@ -15,6 +15,7 @@ from harness.errors import EngineError, UserError
 from harness.ggml_types import UNQUANTIZED
 from harness.imatrix import load_imatrix
 from harness.isolate import run_in_child
+from harness.like import with_copied_types
 from harness.measure import default_first_scored, probability_bytes, probability_path
 from harness.passes import SPEED_UBATCH_TOKENS, looked_at, read_layers, read_speed
 from harness.plan import STANDARD_RULE, Plan, make_plan, placebo_plan
@@ -261,6 +262,7 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
     text = calibration_file(config.calibration, cache, say)
     try:
         reference = resolve_reference(config.model, cache, n_threads=n_threads, engine_version=engine_version, say=say)
+        policies = with_copied_types(configs, policies, reference, cache)
         _require_context(config, reference)
         prompts = load_windows(
             config.prompts, "prompts", prompt_file, reference.path, reference.id, engine_version, cache

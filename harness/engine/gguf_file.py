@@ -1,13 +1,14 @@
 """Reads the header of a GGUF file with ggml's own reader: metadata, tensors, sizes. No weights are loaded."""
 
 import ctypes
+import re
 from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from harness.engine.native import GgufInitParams, ggml
+from harness.engine.native import GgufInitParams, ggml, log_lines
 from harness.errors import UserError
 from harness.ggml_types import FILE_TYPES, GGUF_ALIGNMENT
 from harness.header import GgufInfo, TensorInfo, split_parts
@@ -27,6 +28,7 @@ _SCALARS: dict[int, type] = {
     12: ctypes.c_double,
 }
 _STRING, _ARRAY = 8, 9
+_UNKNOWN_TYPE = re.compile(r"tensor '(?P<name>[^']*)' has invalid ggml type (?P<type>-?\d+)")
 _MAX_ARRAY = 4096  # per-layer arrays are short; vocabularies are long and not needed here
 _MAX_STRINGS = 16
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
@@ -132,8 +134,16 @@ def _open(path: Path) -> tuple[int, int]:
     context = ctypes.c_void_p()
     # `ctx` of the parameters points to where ggml stores its context; the descriptors of the tensors live there.
     parameters = GgufInitParams(True, ctypes.cast(ctypes.byref(context), ctypes.c_void_p))
-    gguf = ggml.gguf_init_from_file(str(path).encode(), parameters)
+    said: list[str] = []
+    with log_lines(said.append):
+        gguf = ggml.gguf_init_from_file(str(path).encode(), parameters)
     if not gguf:
+        unknown = next((match for line in said if (match := _UNKNOWN_TYPE.search(line))), None)
+        if unknown:
+            raise UserError(
+                f"{path}: {unknown['name']} has the tensor type {unknown['type']}, which this llama.cpp does not know: "
+                "a fork or a newer release wrote it, give another file"
+            )
         raise UserError(f"{path}: ggml cannot read this GGUF header, the file is damaged or truncated: fetch it again")
     return gguf, context.value or 0
 

@@ -60,6 +60,7 @@ def _load_ggml_base() -> ctypes.CDLL:
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     handle, text, i64, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_size_t
     signatures: dict[str, tuple[type | None, list[type]]] = {
+        "ggml_log_set": (None, [handle, handle]),
         "ggml_tensor_overhead": (size, []),
         "ggml_type_name": (text, [ctypes.c_int]),
         "ggml_type_size": (size, [ctypes.c_int]),
@@ -142,10 +143,13 @@ def log_lines(on_line: Callable[[str], None]) -> Iterator[None]:
 
     callback = llama_cpp.llama_log_callback(receive)
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    # A wheel holds copies where the library has links: the ggml that we loaded may be another than libllama's.
+    ggml.ggml_log_set(ctypes.cast(callback, ctypes.c_void_p), None)
     try:
         yield
     finally:
         llama_cpp.llama_log_set(_default_callback, ctypes.c_void_p(0))
+        ggml.ggml_log_set(ctypes.cast(_default_callback, ctypes.c_void_p), None)
 
 
 @llama_cpp.llama_log_callback

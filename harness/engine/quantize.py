@@ -13,6 +13,7 @@ import numpy as np
 from harness.engine.native import log_lines
 from harness.errors import EngineError
 from harness.ggml_types import FILE_TYPES, GGML_TYPES
+from harness.recipes import exact_pattern
 
 _LINE = re.compile(r"^\[ *(?P<i>\d+)/ *(?P<n>\d+)\] +(?P<name>\S+) +- \[.*?\], type = +(?P<type>\S+),(?P<rest>.*)$")
 _TO_TYPE = re.compile(r"MiB -> +[\d.]+ MiB \((?P<type>\w+)\)")
@@ -118,8 +119,7 @@ def _params(file_type: str, n_threads: int) -> llama_cpp.llama_model_quantize_pa
 def _attach_overrides(params: llama_cpp.llama_model_quantize_params, overrides: Mapping[str, str]) -> object:
     array = (llama_cpp.llama_model_tensor_override * (len(overrides) + 1))()  # a zero entry ends it
     for entry, (name, type_name) in zip(array, overrides.items(), strict=False):
-        # Patterns are searched, not matched: anchor both ends and escape the dots.
-        entry.pattern = f"^{re.escape(name)}$".encode()
+        entry.pattern = exact_pattern(name).encode()
         entry.type = GGML_TYPES[type_name].id
     if overrides:
         params.tt_overrides = ctypes.cast(array, ctypes.POINTER(llama_cpp.llama_model_tensor_override))
