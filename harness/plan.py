@@ -14,6 +14,7 @@ from harness.errors import UserError
 from harness.ggml_types import GGML_TYPES, GGUF_ALIGNMENT, fit_type, requires_imatrix, tensor_bytes
 from harness.header import TensorInfo
 from harness.policy import Rule, Subject, matching_rule, names_tensor
+from harness.recipes import exact_pattern
 from harness.store import key_of
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
@@ -192,6 +193,13 @@ def make_plan(
     kept = [t for t in planned if not t.quantizable]
     used |= {r.name for r in rules for t in kept if t.type == r.type and names_tensor(r, t.name)}
     idle = tuple(r.name for r in rules if r.name not in used and (not r.file_types or file_type in r.file_types))
+    idle += tuple(
+        f"{r.name} for {t.name}"
+        for r in rules
+        if r.name in used
+        for t in kept
+        if t.type != r.type and exact_pattern(t.name) in r.tensors
+    )
     return Plan(quant, mode, policy, file_type, header_bytes, planned, idle)
 
 

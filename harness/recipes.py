@@ -13,11 +13,6 @@ from itertools import groupby
 from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any
 
-# Patterns may be anybody's. RE2 takes time linear in the name's length and bounded memory; the engine of Python's re
-# (and std::regex in llama.cpp) can be made to hang with a few characters. What RE2 lacks (lookaround, backreferences)
-# no recipe needs.
-import re2
-
 from harness import __version__
 from harness.errors import UserError
 
@@ -81,9 +76,8 @@ def check_pattern(pattern: str, where: str) -> None:
         raise UserError(f"{where}: a pattern of {len(pattern)} characters: give at most {MAX_PATTERN}")
     try:
         _compiled(pattern)
-    except re2.error as error:
-        reason = error.args[0].decode("utf-8", "replace") if error.args and isinstance(error.args[0], bytes) else error
-        raise UserError(f"{where}: {shown(pattern)} is no pattern that can be searched for ({reason})") from error
+    except ValueError as error:
+        raise UserError(f"{where}: {shown(pattern)} is no pattern that can be searched for ({error})") from error
 
 
 def is_whole_name(pattern: str) -> bool:
@@ -99,13 +93,24 @@ def is_found(pattern: str, tensor_name: str) -> bool:
 
 @cache
 def _compiled(pattern: str) -> Any:
-    """The name itself for a pattern that is a whole name, else a compiled one."""
+    """The name itself for a pattern that is a whole name, else a compiled one. Raises ValueError with RE2's reason.
+
+    Patterns may be anybody's. RE2 takes time linear in the name's length and bounded memory; the engine of Python's re
+    (and std::regex in llama.cpp) can be made to hang with a few characters. What RE2 lacks (lookaround,
+    backreferences) no recipe needs.
+    """
     whole = _WHOLE_NAME.fullmatch(pattern)
     if whole:
         return re.sub(r"\\(.)", r"\1", whole[1])
+    import re2
+
     options = re2.Options()
     options.max_mem, options.never_capture, options.log_errors = _MAX_MEMORY, True, False
-    return re2.compile(pattern, options)
+    try:
+        return re2.compile(pattern, options)
+    except re2.error as error:
+        reason = error.args[0] if error.args else ""
+        raise ValueError(reason.decode("utf-8", "replace") if isinstance(reason, bytes) else str(reason)) from error
 
 
 def _rules_of(text: str, where: str) -> Iterator[dict[str, Any]]:

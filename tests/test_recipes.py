@@ -250,6 +250,16 @@ blk\.99\.=q8_0
     assert finding.what.endswith("line 3, line 5, line 6")
 
 
+def test_what_another_file_has_and_llama_cpp_cannot_give_is_told() -> None:
+    """A tensor that llama.cpp leaves alone keeps its F32, whatever the copied file has."""
+    shapes = {**SMOLLM2, "blk.0.ffn_gate_inp.weight": (576,)}
+    raw = [{"name": "like_q8_0", "type": "q8_0", "tensors": [exact_pattern(name) for name in shapes]}]
+    made = plan(shapes, parse_rules([{**raw[0], "tensors": raw[0]["tensors"][-2:]}], "r"))
+    assert made.idle_rules == ("like_q8_0 for blk.0.ffn_gate_inp.weight",)
+    (finding,) = [f for f in plan_findings(made) if f.kind == "idle_rules"]
+    assert "blk.0.ffn_gate_inp.weight" in finding.what
+
+
 def test_many_idle_lines_are_counted() -> None:
     made = plan(SMOLLM2, parse_rules(parse_recipe("\n".join(f"none{i}=q8_0" for i in range(100)), "r"), "r"))
     (finding,) = [f for f in plan_findings(made) if f.kind == "idle_rules"]
