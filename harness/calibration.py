@@ -1,7 +1,7 @@
 """Where the imatrix comes from, and whether it may be used: no overlap with the prompts, data for every tensor."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import numpy as np
 from harness import metrics, sources
 from harness.config import CalibrationConfig, Config, text_label
 from harness.errors import UserError
-from harness.imatrix import COLLECTOR_VERSION, load_imatrix
+from harness.imatrix import COLLECTOR_VERSION, load_origin
 from harness.plan import Plan
 from harness.prompts import Windows, load_windows
+from harness.provenance import imatrix_metadata
 from harness.reference import Reference
 from harness.store import Cache, key_of
 
@@ -27,6 +28,7 @@ class Calibration:
     file: Path | None
     overlap: float | None
     max_overlap: float
+    metadata: dict[str, str | int] = field(default_factory=dict)  # what files quantized with it say of it
 
     def describe(self) -> dict[str, Any]:
         """For the record."""
@@ -67,8 +69,8 @@ def resolve_calibration(
         return None
     if settings.imatrix:
         assert file is not None
-        load_imatrix(file, cache.path("logs", "imatrix-check", ".log"))
-        return Calibration(cache.sha256(file), file.name, None, file, None, settings.max_overlap)
+        metadata = imatrix_metadata(file.name, *load_origin(file, cache.path("logs", "imatrix-check", ".log")))
+        return Calibration(cache.sha256(file), file.name, None, file, None, settings.max_overlap, metadata)
     windows = load_windows(settings, "calibration", file, reference.path, reference.id, engine_version, cache)
     overlap = metrics.shared_ngram_share(prompts.tokens, windows.tokens)
     if overlap is not None and overlap > settings.max_overlap and not settings.allow_overlap:
@@ -77,7 +79,8 @@ def resolve_calibration(
             "the imatrix would have seen the test; choose another calibration=, or say calibration.allow_overlap=true"
         )
     key = key_of(reference.id, windows.key, config.measure.flash_attention, COLLECTOR_VERSION, engine_version)
-    return Calibration(key, windows.name, windows, None, overlap, settings.max_overlap)
+    metadata = imatrix_metadata(f"{key}.gguf", windows.name, len(windows.tokens))
+    return Calibration(key, windows.name, windows, None, overlap, settings.max_overlap, metadata)
 
 
 def require_coverage(imatrix: dict[str, np.ndarray], plans: Sequence[Plan], path: Path) -> None:

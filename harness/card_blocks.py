@@ -14,6 +14,7 @@ from harness.compare import dominators
 from harness.errors import UserError
 from harness.formats import markdown
 from harness.frames import measured_cases
+from harness.recipes import entry
 from harness.record import Record
 from harness.report import Results
 from harness.summary import key_improvements, tradeoffs
@@ -45,7 +46,6 @@ _HARDWARE = (
 _NOT_MEASURED = "not measured"
 # Findings about the folder of results or about choosing a file, which the table of files tells already.
 _NOT_FOR_READERS = frozenset({"dominated", "not_timed", "rules_for_other_models", "unreadable_record"})
-_PLAIN_TENSOR = re.compile(r"[A-Za-z0-9._/-]+")
 
 
 @dataclass(frozen=True)
@@ -259,9 +259,10 @@ def tensor_types(record: Record) -> list[str]:
     for name, tensor in record.data["variant"]["tensors"].items():
         if tensor["type"] == tensor["standard"] == "f32":
             continue
-        if not _PLAIN_TENSOR.fullmatch(name):
-            raise UserError(f"{record.path}: the tensor name {name!r} is none that a recipe can hold")
-        lines.append(f"^{re.escape(name)}$={tensor['type']}")
+        try:
+            lines.append(entry(name, tensor["type"]))
+        except UserError as error:
+            raise UserError(f"{record.path}: {error}") from error
     return lines
 
 
@@ -459,6 +460,9 @@ def _source(group: str, name: str, suffix: str, offer: Offer) -> str:
     """The option of conf/ with that name, or a file of the reader's own."""
     if name in offer.shipped.get(group, ()):
         return f"{group}={name}"
+    for kind, ending in (("recipe", ".txt"), ("like", ".gguf")) if group == "policy" else ():
+        if name.startswith(f"{kind}_"):
+            return f"policy={kind} policy.file={file_name(name.removeprefix(f'{kind}_'))}{ending}"
     return f"{group}.{'file' if group == 'policy' else 'path'}={file_name(name)}{suffix}"
 
 

@@ -100,8 +100,8 @@ def _idle_findings(plan: Plan) -> list[Finding]:
         findings.append(
             Finding(
                 "idle_rules",
-                f"rules of the policy {plan.policy} decide no tensor of this model: {', '.join(idle.rules)}",
-                "earlier rules may take their tensors, or llama.cpp never quantizes them",
+                f"rules of the policy {plan.policy} decide no tensor of this model: {_first(idle.rules)}",
+                "a pattern may be misspelt, earlier rules may take their tensors, or llama.cpp never quantizes them",
                 "compare the rule's conditions with the tensors in the plan",
             )
         )
@@ -117,6 +117,11 @@ def _idle_findings(plan: Plan) -> list[Finding]:
             )
         )
     return findings
+
+
+def _first(names: Sequence[str], n: int = 8) -> str:
+    more = len(names) - n
+    return ", ".join(names[:n]) + (f" and {more} more" if more > 0 else "")
 
 
 def reference_findings(reference: dict[str, Any]) -> list[Finding]:

@@ -34,14 +34,15 @@ overrides that matter (any value may be a list a,b,c; `python -m harness sweep -
   +experiment=ladder_ultra_low the standard ladder around 1 and 2 bits and DynamicGate on it, instead of quant=
   +experiment=attribution      what each rule of the policy saves, for the bytes it costs; with quant=...
   calibration=c4_sample        text of the imatrix; or calibration.path=FILE, calibration=none
-  policy=dynamicgate           what the mode dynamicgate applies; or policy.file=RULES.yaml
+  policy=dynamicgate           what the mode dynamicgate applies; or policy.file=RULES.yaml, or policy=recipe
+                               policy.file=RECIPE.txt, or policy=like policy.file=OTHER.gguf (its types)
   measure.speed=false          leave out the timing pass; measure.layers=true: compare every layer with the reference
   runtime.threads=2            default: the physical cores
   results.dir=results          where results go; results.name=NAME for the folder in it
 
 examples
   python -m harness sweep quant=iq1_m,iq2_s
-  python -m harness plan quant=iq1_m mode=dynamicgate        (--json for programs)
+  python -m harness plan quant=iq1_m mode=dynamicgate        (--json for programs; --recipe, --tensor-type-file)
   python -m harness compare iq1_m-dynamicgate iq1_m-standard
   python -m harness card CARD.md results=results/NAME        (--new for a whole card, --check before an upload)
   python -m harness audit CARD.md                            (or TABLE.csv; --json for programs)
@@ -234,16 +235,29 @@ def _configs_of_sweep(overrides: list[str]) -> list["Config"]:
 
 def _plan(arguments: list[str]) -> int:
     from harness.plan_view import estimate_s, plan_json, plan_text
+    from harness.recipes import recipe_text
 
-    overrides = [argument for argument in arguments if argument != "--json"]
+    forms = ("--json", "--recipe", "--tensor-type-file")
+    given = [argument for argument in arguments if argument in forms]
+    if len(given) > 1:
+        raise _user_error(f"plan prints one thing: give one of {', '.join(given)}")
+    overrides = [argument for argument in arguments if argument not in forms]
     _require_quant(overrides, "plan")
+    configs = compose(overrides)
+    as_recipe = given in (["--recipe"], ["--tensor-type-file"])
+    if as_recipe and (len(configs) != 1 or configs[0].quant.file_type is None):
+        raise _user_error(
+            f"{given[0]} is of one quantized file: give one quant and one mode, not {' '.join(overrides)}"
+        )
     shown = [
         (sweep, case.plan)
-        for group in _by_inputs(compose(overrides))
+        for group in _by_inputs(configs)
         for sweep in [_prepare(group, with_reference=False)]
         for case in sweep.cases
     ]
-    if "--json" in arguments:
+    if as_recipe:
+        print("".join(recipe_text(plan, comments=given == ["--recipe"]) for _, plan in shown), end="")
+    elif given == ["--json"]:
         import json
 
         print(json.dumps([plan_json(plan, estimate_s(sweep, plan)) for sweep, plan in shown], indent=1))

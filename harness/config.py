@@ -91,9 +91,13 @@ class ModeConfig:
 
 @dataclass
 class PolicyConfig:
-    """Rules as data; `harness.policy` reads them. `file` names a YAML file with `name` and `rules` of one's own."""
+    """Rules as data; `harness.policy` reads them. `file` names a YAML file with `name` and `rules` of one's own.
+
+    kind: what `file` is: rules, a recipe (PATTERN=TYPE a line), or like: a GGUF whose types are copied.
+    """
 
     name: str = "none"
+    kind: str = "rules"
     description: str = ""
     ladders: list[Any] = field(default_factory=list)  # what rules with a bump climb
     rules: list[Any] = field(default_factory=list)
@@ -154,6 +158,7 @@ def check(config: Config) -> None:
     if config.quant.file_type is not None and config.quant.file_type not in FILE_TYPES:
         near = nearest(config.quant.file_type, FILE_TYPES)
         raise UserError(f"quant.file_type={config.quant.file_type} is no file type of llama.cpp.{near}")
+    _check_policy(config.policy)
     _check_numbers(config)
     for name, text in (("prompts", config.prompts), ("calibration", config.calibration)):
         if text.format not in (None, "text", "json", "parquet"):
@@ -170,6 +175,14 @@ def check(config: Config) -> None:
         if name not in MAY_DIFFER:
             known = nearest(name, MAY_DIFFER)
             raise UserError(f"results.allow_different={name}: rows that differ in it measure another thing.{known}")
+
+
+def _check_policy(policy: PolicyConfig) -> None:
+    kinds = {"rules": "RULES.yaml", "recipe": "RECIPE.txt", "like": "OTHER.gguf"}
+    if policy.kind not in kinds:
+        raise UserError(f"policy.kind={policy.kind} is no kind of policy.{nearest(policy.kind, kinds)}")
+    if policy.kind != "rules" and not policy.file:
+        raise UserError(f"policy={policy.kind} needs a file: add policy.file={kinds[policy.kind]}")
 
 
 def _check_numbers(config: Config) -> None:

@@ -12,6 +12,7 @@ from harness import metrics
 from harness.compare import Measured, Verdict, difference, dominators, equal_size_verdict, pareto_front
 from harness.pass_frames import speed_columns
 from harness.passes import Timing
+from harness.provenance import MAX_BYTES
 from harness.record import Record, field
 from harness.stats import Interval, holm, mean_interval
 
@@ -177,10 +178,11 @@ def _verdict_columns(verdict: Verdict | None) -> dict[str, Any]:
 
 
 def _versus_placebo(case: Measured | None, placebos: Sequence[Measured]) -> str | None:
-    """wins, ties or loses against the placebo of the same quant and bytes, so of the same policy; None without one."""
+    """wins, ties or loses against the placebo of the same quant and bytes, so of the same policy; None without one.
+    What the two files say of themselves may differ in length."""
     if case is None or case.mode == "standard" or case.mode.startswith("placebo"):
         return None
-    same = (one for one in placebos if (one.quant, one.file_bytes) == (case.quant, case.file_bytes))
+    same = (one for one in placebos if one.quant == case.quant and abs(one.file_bytes - case.file_bytes) < MAX_BYTES)
     placebo = next(same, None)
     if placebo is None:
         return None

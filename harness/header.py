@@ -31,7 +31,8 @@ class TensorInfo:
 class GgufInfo:
     """A whole model, all parts of a split file taken together.
 
-    `quantized_header_bytes` is the size of the header that llama_model_quantize would write, padding included.
+    `quantized_header_bytes` is the size of the header that llama_model_quantize would write, without the padding at its
+    end; `provenance_bytes` is what of it the keys of `harness.provenance` take that the file has already, by key.
     """
 
     architecture: str
@@ -39,6 +40,7 @@ class GgufInfo:
     tensors: tuple[TensorInfo, ...]
     file_type: str | None
     quantized_header_bytes: int
+    provenance_bytes: dict[str, int]
     file_bytes: int
 
     @property

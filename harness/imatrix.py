@@ -6,7 +6,7 @@ NAME.in_sum2 [n_matrices, columns] (sums of squared activations) and NAME.counts
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -61,11 +61,32 @@ def write_imatrix(
 
 def load_imatrix(path: Path, log_path: Path) -> dict[str, np.ndarray]:
     """`read_imatrix` in a child: the file may be anybody's."""
+    weights: dict[str, np.ndarray] = _in_child(read_imatrix, path, log_path)
+    return weights
+
+
+def load_origin(path: Path, log_path: Path) -> tuple[str | None, int | None]:
+    """Name of the (first) text that an imatrix was made from and number of its windows, None where the file does not
+    say. Raises UserError as `read_imatrix` does."""
+    dataset, n_chunks = _in_child(_read_origin, path, log_path)
+    return dataset, n_chunks
+
+
+def _in_child(read: Callable[[Path], Any], path: Path, log_path: Path) -> Any:
     try:
-        weights: dict[str, np.ndarray] = run_in_child(read_imatrix, path, log_path=log_path)
+        return run_in_child(read, path, log_path=log_path)
     except EngineError as error:
         raise UserError(f"{path} cannot be read as a GGUF imatrix ({error}): make it again") from error
-    return weights
+
+
+def _read_origin(path: Path) -> tuple[str | None, int | None]:
+    from harness.engine.gguf_file import read_metadata
+
+    read_imatrix(path)
+    metadata = read_metadata(path)
+    datasets, n_chunks = metadata.get("imatrix.datasets"), metadata.get("imatrix.chunk_count")
+    dataset = datasets[0] if isinstance(datasets, list) and datasets and isinstance(datasets[0], str) else None
+    return dataset, n_chunks if isinstance(n_chunks, int) and 0 < n_chunks < 1 << 32 else None
 
 
 def read_imatrix(path: Path) -> dict[str, np.ndarray]:

@@ -14,7 +14,8 @@ from harness.errors import UserError
 from harness.ggml_types import GGML_TYPES, GGUF_ALIGNMENT, fit_type, requires_imatrix, tensor_bytes
 from harness.header import TensorInfo
 from harness.idle_rules import Idle, find_idle
-from harness.policy import Rule, Subject, choose
+from harness.policy import Rule, Subject, choose, names_tensor
+from harness.recipes import exact_pattern
 from harness.store import key_of
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
@@ -76,6 +77,7 @@ class Plan:
     header_bytes: int
     tensors: tuple[TensorPlan, ...]
     idle: Idle = field(default_factory=Idle)  # rules of the policy that decide nothing
+    metadata: tuple[tuple[str, str | int], ...] = ()  # what the file says of its origin, see harness.provenance
 
     @cached_property
     def quantizable(self) -> tuple[TensorPlan, ...]:
@@ -179,7 +181,10 @@ def make_plan(
         if quantizable:
             position = None if layer is None else positions[role][layer]
             n_positions = None if layer is None else len(positions[role])
-            choice = choose(rules, Subject(file_type, role, position, n_positions, gqa, n_experts, layer, last_layer))
+            choice = choose(
+                rules,
+                Subject(file_type, role, position, n_positions, gqa, n_experts, layer, last_layer, tensor.name),
+            )
             if choice:
                 asked, rule_name = choice.type, choice.text
                 used.update(choice.rules)
@@ -190,7 +195,18 @@ def make_plan(
         return TensorPlan(tensor.name, role, layer, tensor.shape, quantizable, standard, asked, final, rule_name)
 
     planned = tuple(plan_tensor(t) for t in tensors)
+    # A recipe may also name tensors that llama.cpp leaves alone: no mistake where they have that type.
+    kept = [t for t in planned if not t.quantizable]
+    used |= {r.name for r in rules for t in kept if t.type == r.type and names_tensor(r, t.name)}
     idle = find_idle(rules, used, file_type, gqa, n_experts, {t.role for t in planned})
+    ignored = tuple(
+        f"{r.name} for {t.name}"
+        for r in rules
+        if r.name in used
+        for t in kept
+        if t.type != r.type and exact_pattern(t.name) in r.tensors
+    )
+    idle = replace(idle, rules=idle.rules + ignored)
     return Plan(quant, mode, policy, file_type, header_bytes, planned, idle)
 
 

@@ -1,10 +1,13 @@
 """Plans for reading and for programs."""
 
+import re
 from typing import Any
 
 from harness import checks, cost
 from harness.plan import STANDARD_RULE, Plan, TensorPlan
 from harness.sweep import Sweep
+
+_RECIPE_LINE = re.compile(r"line (\d+)\b")  # the name of a recipe's rule; a file has one row for all of a kind
 
 
 def plan_text(plan: Plan, estimate_s: float) -> str:
@@ -100,7 +103,8 @@ def _groups(plan: Plan) -> list[list[TensorPlan]]:
     """Quantizable tensors that read the same, in order of first appearance."""
     groups: dict[tuple[Any, ...], list[TensorPlan]] = {}
     for t in plan.quantizable:
-        groups.setdefault((t.layer is None, t.role, t.shape, t.type, t.asked, t.standard_type, t.rule), []).append(t)
+        rule = "line" if _RECIPE_LINE.match(t.rule) else t.rule
+        groups.setdefault((t.layer is None, t.role, t.shape, t.type, t.asked, t.standard_type, rule), []).append(t)
     ordered = sorted(
         groups.values(), key=lambda group: (group[0].layer is not None, group[0].role, group[0].layer or 0)
     )
@@ -119,6 +123,9 @@ def _group_row(group: list[TensorPlan]) -> tuple[str, ...]:
     elif first.type != first.standard_type:
         notes.append(f"instead of {first.standard_type}")
     rule = "llama.cpp" if first.rule == STANDARD_RULE else first.rule
+    lines = sorted({int(match[1]) for t in group if (match := _RECIPE_LINE.match(t.rule))})
+    if len(lines) > 1:
+        rule = f"lines {lines[0]} to {lines[-1]}"
     layers = "" if first.layer is None else _runs(sorted(t.layer for t in group if t.layer is not None))
     mib = sum(t.n_bytes for t in group) / (1 << 20)
     shape = "x".join(map(str, first.shape))

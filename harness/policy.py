@@ -1,8 +1,8 @@
 """Policies: rules, written as data, that give tensors other types than llama.cpp's own mixture. Pure functions.
 
-A rule is a mapping: `name`, `type` or `bump`, and any of the conditions `file_types`, `roles`, `depth`, `ends`,
-`min_gqa`, `min_experts`, `max_experts`. All conditions must hold. The first rule with a type that holds decides; where
-none does, the steps of all bump rules that hold add up on a ladder of types. docs/policies.md explains.
+A rule is a mapping: `name`, `type` or `bump`, and any of the conditions `file_types`, `roles`, `tensors`, `depth`,
+`ends`, `min_gqa`, `min_experts`, `max_experts`. All conditions must hold. The first rule with a type that holds
+decides; where none does, the steps of all bump rules that hold add up on a ladder of types. docs/policies.md explains.
 """
 
 import math
@@ -27,8 +27,10 @@ from harness.ladders import (
     require_file_type,
     require_weight_type,
 )
+from harness.recipes import MAX_PATTERNS, check_pattern, is_found, is_whole_name, parse_recipe
 
-_KEYS = ("name", "type", "bump", "file_types", "roles", "depth", "ends", "min_gqa", "min_experts", "max_experts")
+_CONDITIONS = ("file_types", "roles", "tensors", "depth", "ends", "min_gqa", "min_experts", "max_experts")
+_KEYS = ("name", "type", "bump", *_CONDITIONS)
 _POLICY_KEYS = ("name", "description", "ladders", "rules")
 _DEPTH = re.compile(r"(\d{1,6})(?:/(\d{1,6}))?\.\.(\d{1,6})(?:/(\d{1,6}))?")
 _MAX_FILE_BYTES = 1 << 20
@@ -54,6 +56,7 @@ class Rule:
     ends: Ends | None = None
     bump: Bump | None = None
     ladders: Ladders | None = None  # of a bump rule
+    tensors: tuple[str, ...] = ()  # patterns; one of them must be found in the tensor's whole name
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Subject:
     n_experts: int
     layer: int | None = None
     last_layer: int = 0
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,11 @@ def concerns_model(rule: Rule, gqa: float, n_experts: int) -> bool:
     )
 
 
+def names_tensor(rule: Rule, tensor_name: str) -> bool:
+    """Whether one of the rule's patterns is found in the name."""
+    return any(is_found(pattern, tensor_name) for pattern in rule.tensors)
+
+
 def parse_rules(raw: Sequence[Any], where: str, ladders: Sequence[Any] = ()) -> tuple[Rule, ...]:
     """Rules from plain YAML data. Raises UserError that names `where`, the rule and the reason."""
     parsed = parse_ladders(ladders, where)
@@ -130,6 +139,9 @@ def parse_rules(raw: Sequence[Any], where: str, ladders: Sequence[Any] = ()) -> 
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{where}: two rules are called {name!r}: give each its own name")
+    searched = [pattern for rule in rules for pattern in rule.tensors if not is_whole_name(pattern)]
+    if len(searched) > MAX_PATTERNS:
+        raise UserError(f"{where}: {len(searched)} patterns beside whole names: give at most {MAX_PATTERNS}")
     return rules
 
 
@@ -148,16 +160,15 @@ def _read_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:
     if not settings.file:
         return settings.name, parse_rules(settings.rules, f"policy={settings.name}", settings.ladders)
     path = Path(settings.file).expanduser()
+    if settings.kind == "like":  # its rules are made when the reference is known, see harness.like
+        if not path.is_file():
+            raise UserError(f"policy.file={path} is no file: check the path")
+        return folder_name(f"like_{path.stem}")[:80], ()
+    content = _read_bytes(path)
+    if settings.kind == "recipe":
+        return _read_recipe(path, content)
     try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_FILE_BYTES + 1)
-        if len(text) > _MAX_FILE_BYTES:
-            raise UserError(f"policy.file={path} has more than {_MAX_FILE_BYTES:,} bytes: that is no policy")
-        data = yaml.load(text.decode(), _PlainLoader)  # noqa: S506  # a SafeLoader that takes even less
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"policy.file={path} cannot be read ({error.strerror}): check the path") from error
+        data = yaml.load(content.decode(), _PlainLoader)  # noqa: S506  # a SafeLoader that takes even less
     except Exception as error:  # YAML's constructors raise ValueError, KeyError, RecursionError ... on odd values
         raise UserError(
             f"policy.file={path} is no YAML ({' '.join(str(error).split())[:300]}): mend the file"
@@ -175,6 +186,26 @@ def _read_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:
     return folder_name(name)[:80], parse_rules(data["rules"], str(path), ladders)
 
 
+def _read_recipe(path: Path, content: bytes) -> tuple[str, tuple[Rule, ...]]:
+    try:
+        text = content.decode("utf-8-sig")
+    except ValueError as error:
+        raise UserError(f"policy.file={path} is no text: give a recipe, or policy=like for a GGUF") from error
+    rules = parse_rules(parse_recipe(text, str(path)), str(path))
+    return folder_name(f"recipe_{path.stem}")[:80], rules
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"policy.file={path} cannot be read ({error.strerror}): check the path") from error
+    if len(content) > _MAX_FILE_BYTES:
+        raise UserError(f"policy.file={path} has more than {_MAX_FILE_BYTES:,} bytes: that is no policy")
+    return content
+
+
 class _PlainLoader(yaml.SafeLoader):
     """Plain data without aliases: a few of them can stand for billions of items."""
 
@@ -188,6 +219,8 @@ def _holds(rule: Rule, subject: Subject) -> bool:
     if not concerns_file_type(rule, subject.file_type) or not concerns_model(rule, subject.gqa, subject.n_experts):
         return False
     if rule.roles and subject.role not in rule.roles:
+        return False
+    if rule.tensors and not names_tensor(rule, subject.name):
         return False
     if rule.ends and (subject.layer is None or not rule.ends.hold(subject.layer, subject.last_layer)):
         return False
@@ -224,13 +257,15 @@ def _parse_rule(raw: Any, where: str, ladders: Ladders) -> Rule:
     file_types = _names(raw, "file_types", where)
     for name in file_types:
         require_file_type(name, where)
+    tensors = _names(raw, "tensors", where)
+    for pattern in tensors:
+        check_pattern(pattern, where)
     bump = parse_bump(raw["bump"], where) if "bump" in raw else None
-    if bump:
-        for name in file_types:
-            if name not in ladders:
-                raise UserError(f"{where}: no ladder has a base type for {name}: name it in the policy's `ladders`")
-        if not ladders:
-            raise UserError(f"{where}: a bump needs `ladders` beside the policy's `rules`")
+    if bump and not ladders:
+        raise UserError(f"{where}: a bump needs `ladders` beside the policy's `rules`")
+    for name in file_types if bump else ():
+        if name not in ladders:
+            raise UserError(f"{where}: no ladder has a base type for {name}: name it in the policy's `ladders`")
     return Rule(
         name=raw["name"],
         type=raw.get("type"),
@@ -243,6 +278,7 @@ def _parse_rule(raw: Any, where: str, ladders: Ladders) -> Rule:
         ends=parse_ends(raw["ends"], where) if "ends" in raw else None,
         bump=bump,
         ladders=ladders if bump else None,
+        tensors=tensors,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from harness.errors import EngineError, UserError
 from harness.imatrix import read_imatrix
 from harness.plan import Plan
+from harness.provenance import IMATRIX_ENTRIES
 
 
 def make_variant(
@@ -28,6 +29,7 @@ def make_variant(
 
     assert plan.file_type is not None
     weights = read_imatrix(imatrix) if imatrix else {}
+    metadata = {key: len(weights) if key == IMATRIX_ENTRIES else value for key, value in plan.metadata}
     begin = time.perf_counter()
     quantize(
         source,
@@ -35,6 +37,7 @@ def make_variant(
         plan.file_type,
         overrides=plan.overrides,
         imatrix=weights,
+        metadata=metadata,
         n_threads=n_threads,
         on_progress=on_progress,
     )

@@ -1,5 +1,6 @@
 """The reference that every variant is compared with: resolved, inspected, derived where it must be."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,10 @@ def inspect(path: Path, content_id: str, engine_version: str, cache: Cache) -> G
     """The header of a model, read in a child and cached by the content's id."""
 
     def make() -> dict[str, Any]:
-        return run_in_child(_read_header, path, log_path=cache.path("logs", "inspect", ".log"))
+        return run_in_child(read_header_json, path, log_path=cache.path("logs", "inspect", ".log"))
 
-    return GgufInfo.from_json(cache.json("headers", key_of(content_id, engine_version), make))
+    fields = [field.name for field in dataclasses.fields(GgufInfo)]  # what an older release kept may lack some
+    return GgufInfo.from_json(cache.json("headers", key_of(content_id, engine_version, fields), make))
 
 
 def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
@@ -123,7 +125,8 @@ def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def read_header_json(path: Path) -> dict[str, Any]:
+    """Runs in a child: the header as JSON types."""
     from harness.engine.gguf_file import read_header
 
     return read_header(path).to_json()

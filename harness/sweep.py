@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +15,13 @@ from harness.errors import EngineError, UserError
 from harness.ggml_types import UNQUANTIZED
 from harness.imatrix import load_imatrix
 from harness.isolate import run_in_child
+from harness.like import with_copied_types
 from harness.measure import default_first_scored, probability_bytes, probability_path
 from harness.passes import SPEED_UBATCH_TOKENS, looked_at, read_layers, read_speed
 from harness.plan import STANDARD_RULE, Plan, make_plan, placebo_plan
 from harness.policy import Rule, load_policy
 from harness.prompts import Windows, load_windows
+from harness.provenance import with_provenance
 from harness.record import first_difference, is_done, mode_label, physical_cores, read_records, record_path
 from harness.reference import Reference, require_disk, resolve_reference
 from harness.store import Cache, key_of
@@ -145,7 +147,7 @@ class Sweep:
         if case.plan.file_type is None:
             return self.reference.path
         imatrix_id = self.calibration.id if self.calibration else None
-        key = key_of(self.reference.id, imatrix_id, case.plan.id, self.engine_version)
+        key = key_of(self.reference.id, imatrix_id, case.plan.id, case.plan.metadata, self.engine_version)
         return self.cache.path("variants", key, ".gguf")
 
     def windows_folder(self, case: Case) -> Path:
@@ -260,6 +262,7 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
     text = calibration_file(config.calibration, cache, say)
     try:
         reference = resolve_reference(config.model, cache, n_threads=n_threads, engine_version=engine_version, say=say)
+        policies = with_copied_types(configs, policies, reference, cache)
         _require_context(config, reference)
         prompts = load_windows(
             config.prompts, "prompts", prompt_file, reference.path, reference.id, engine_version, cache
@@ -344,7 +347,7 @@ def _plans(
     if file_types:
         key = key_of(reference.id, file_types, has_imatrix, engine_version)
         standard = cache.json("mixtures", key, dry_runs)
-    plans = []
+    plans: list[Plan] = []
     for one, (policy_name, rules) in zip(configs, policies, strict=True):
         file_type = one.quant.file_type
         if file_type is None:
@@ -373,7 +376,10 @@ def _plans(
                 f"quant={plan.quant} needs an imatrix (llama.cpp refuses {plan.type_of(plan.needs_imatrix[0])} "
                 f"for {plan.needs_imatrix[0]} without one): leave calibration=none out"
             )
-        plans.append(plan)
+        # Cases of the same content are one file, which tells the origin of the first.
+        named = with_provenance(plan, reference.info, calibration.metadata if calibration else {})
+        first = next((other for other in plans if other.id == plan.id), named)
+        plans.append(replace(plan, metadata=first.metadata, header_bytes=first.header_bytes))
     if calibration and calibration.file:
         weights = load_imatrix(calibration.file, cache.path("logs", "imatrix-check", ".log"))
         require_coverage(weights, plans, calibration.file)

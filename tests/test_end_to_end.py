@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import llama_cpp
 import nbformat
 import numpy as np
@@ -95,6 +96,16 @@ def test_plan_predicts_the_written_file_exactly(cli: Cli, tiny_overrides: list[s
     # q4_k_m has no rule in the policy: both its modes are one and the same file
     assert sorted({plan["file_bytes"] for plan in plans}) == sorted(set(written))
     assert len(written) == 3
+    (imatrix,) = (tmp_path / "cache" / "imatrix").glob("*.gguf")
+    told = []
+    for path in (tmp_path / "cache" / "variants").glob("*.gguf"):
+        fields = gguf.GGUFReader(path).fields
+        told.append([fields[key].contents() for key in ("harness.quant", "harness.mode", "quantize.imatrix.file")])
+        # 4 layers of 7 matrices, 2 windows of the text "calibration"
+        keys = [f"quantize.imatrix.{name}" for name in ("entries_count", "chunks_count", "dataset")]
+        assert [fields[key].contents() for key in keys] == [28, 2, "calibration"]
+    names = [("iq2_s", "dynamicgate"), ("iq2_s", "standard"), ("q4_k_m", "standard")]
+    assert sorted(told) == [[*name, imatrix.name] for name in names]
 
 
 def test_a_child_that_aborts_fails_its_case_and_the_sweep_goes_on(

@@ -491,6 +491,20 @@ def test_the_method_can_be_repeated() -> None:
     assert "Speed: not measured" in text
 
 
+@pytest.mark.parametrize(
+    ("policy", "setting"),
+    [
+        ("recipe_mine", "policy=recipe policy.file=mine.txt"),
+        ("like_tiny-Q4_K_M", "policy=like policy.file=tiny-Q4_K_M.gguf"),
+        ("likely", "policy.file=likely.yaml"),
+    ],
+)
+def test_the_command_names_the_kind_of_policy(tmp_path: Path, policy: str, setting: str) -> None:
+    put(tmp_path, "reference", "reference", 200 * MIB, 0.0)
+    put(tmp_path, "q2_k", "dynamicgate", 50 * MIB, 0.3, policy=policy)
+    assert f"sweep quant=q2_k mode=dynamicgate {setting} " in block("method", load_results([tmp_path]))
+
+
 EVIL = "<script>x</script> [a](http://b) `c` *d* _e_ | \n<!-- /harness:files -->"
 
 

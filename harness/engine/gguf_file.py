@@ -1,15 +1,18 @@
 """Reads the header of a GGUF file with ggml's own reader: metadata, tensors, sizes. No weights are loaded."""
 
 import ctypes
+import re
+from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from harness.engine.native import GgufInitParams, ggml
+from harness.engine.native import GgufInitParams, ggml, log_lines
 from harness.errors import UserError
-from harness.ggml_types import FILE_TYPES
+from harness.ggml_types import FILE_TYPES, GGUF_ALIGNMENT
 from harness.header import GgufInfo, TensorInfo, split_parts
+from harness.provenance import KEYS, kv_bytes
 
 _SCALARS: dict[int, type] = {
     0: ctypes.c_uint8,
@@ -25,7 +28,9 @@ _SCALARS: dict[int, type] = {
     12: ctypes.c_double,
 }
 _STRING, _ARRAY = 8, 9
+_UNKNOWN_TYPE = re.compile(r"tensor '(?P<name>[^']*)' has invalid ggml type (?P<type>-?\d+)")
 _MAX_ARRAY = 4096  # per-layer arrays are short; vocabularies are long and not needed here
+_MAX_STRINGS = 16
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 
@@ -60,7 +65,12 @@ def read_header(path: Path) -> GgufInfo:
         ggml.gguf_set_val_u32(merged, key.encode(), 0)
     for key in _SPLIT_KEYS:
         ggml.gguf_remove_key(merged, key.encode())
-    header_bytes = ggml.gguf_get_meta_size(merged)
+    header_bytes, provenance_bytes = _unpadded_bytes(merged), {}
+    left = header_bytes
+    for key in KEYS:
+        if ggml.gguf_remove_key(merged, key.encode()) >= 0:
+            left, before = _unpadded_bytes(merged), left
+            provenance_bytes[key] = before - left
     ggml.gguf_free(merged)
     return GgufInfo(
         architecture=str(metadata.get("general.architecture", "")),
@@ -68,8 +78,19 @@ def read_header(path: Path) -> GgufInfo:
         tensors=tuple(tensors),
         file_type=next((name for name, n in FILE_TYPES.items() if n == metadata.get("general.file_type")), None),
         quantized_header_bytes=header_bytes,
+        provenance_bytes=provenance_bytes,
         file_bytes=file_bytes,
     )
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of one file, without its long arrays. Raises UserError as `read_header`."""
+    gguf, tensor_context = _open(path)
+    try:
+        return _metadata(gguf)
+    finally:
+        ggml.gguf_free(gguf)
+        ggml.ggml_free(tensor_context)
 
 
 def read_float_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -89,6 +110,20 @@ def read_float_tensors(path: Path) -> dict[str, np.ndarray]:
         ggml.ggml_free(tensor_context)
 
 
+def _unpadded_bytes(gguf: int) -> int:
+    """Size of the header before its padding: ggml tells only the padded one, which jumps as a key's text grows."""
+    probe = "harness.padding"
+
+    def padded_with(n: int) -> int:  # n bytes of text
+        ggml.gguf_set_val_str(gguf, probe.encode(), b"x" * n)
+        return int(ggml.gguf_get_meta_size(gguf))
+
+    least = padded_with(0)
+    n = bisect_left(range(GGUF_ALIGNMENT), True, key=lambda n: padded_with(n) > least)
+    ggml.gguf_remove_key(gguf, probe.encode())
+    return least - kv_bytes(probe, "x" * (n - 1))
+
+
 def _open(path: Path) -> tuple[int, int]:
     if not path.is_file():
         raise UserError(f"no model file at {path}: check model.path")
@@ -99,8 +134,16 @@ def _open(path: Path) -> tuple[int, int]:
     context = ctypes.c_void_p()
     # `ctx` of the parameters points to where ggml stores its context; the descriptors of the tensors live there.
     parameters = GgufInitParams(True, ctypes.cast(ctypes.byref(context), ctypes.c_void_p))
-    gguf = ggml.gguf_init_from_file(str(path).encode(), parameters)
+    said: list[str] = []
+    with log_lines(said.append):
+        gguf = ggml.gguf_init_from_file(str(path).encode(), parameters)
     if not gguf:
+        unknown = next((match for line in said if (match := _UNKNOWN_TYPE.search(line))), None)
+        if unknown:
+            raise UserError(
+                f"{path}: {unknown['name']} has the tensor type {unknown['type']}, which this llama.cpp does not know: "
+                "a fork or a newer release wrote it, give another file"
+            )
         raise UserError(f"{path}: ggml cannot read this GGUF header, the file is damaged or truncated: fetch it again")
     return gguf, context.value or 0
 
@@ -119,6 +162,9 @@ def _metadata(gguf: int) -> dict[str, Any]:
             if of in _SCALARS and 0 < length <= _MAX_ARRAY:
                 array = (_SCALARS[of] * length).from_address(ggml.gguf_get_arr_data(gguf, i))  # type: ignore[operator]
                 metadata[key] = list(array)
+            elif of == _STRING and length <= _MAX_STRINGS:
+                texts = [ggml.gguf_get_arr_str(gguf, i, j) for j in range(length)]
+                metadata[key] = [text.decode("utf-8", "replace") for text in texts]
             else:
                 metadata[key] = f"<array of {length}>"
     return metadata

@@ -60,6 +60,7 @@ def _load_ggml_base() -> ctypes.CDLL:
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     handle, text, i64, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_size_t
     signatures: dict[str, tuple[type | None, list[type]]] = {
+        "ggml_log_set": (None, [handle, handle]),
         "ggml_tensor_overhead": (size, []),
         "ggml_type_name": (text, [ctypes.c_int]),
         "ggml_type_size": (size, [ctypes.c_int]),
@@ -82,6 +83,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
         "gguf_get_arr_type": (ctypes.c_int, [handle, i64]),
         "gguf_get_arr_n": (size, [handle, i64]),
         "gguf_get_arr_data": (handle, [handle, i64]),
+        "gguf_get_arr_str": (text, [handle, i64, size]),
         "gguf_get_val_data": (handle, [handle, i64]),
         "gguf_get_val_str": (text, [handle, i64]),
         "gguf_get_n_tensors": (i64, [handle]),
@@ -91,6 +93,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
         "gguf_get_tensor_offset": (size, [handle, i64]),
         "gguf_get_tensor_size": (size, [handle, i64]),
         "gguf_set_val_u32": (None, [handle, text, ctypes.c_uint32]),
+        "gguf_set_val_str": (None, [handle, text, text]),
         "gguf_remove_key": (i64, [handle, text]),
     }
     for name, (result, arguments) in signatures.items():
@@ -140,10 +143,13 @@ def log_lines(on_line: Callable[[str], None]) -> Iterator[None]:
 
     callback = llama_cpp.llama_log_callback(receive)
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    # A wheel holds copies where the library has links: the ggml that we loaded may be another than libllama's.
+    ggml.ggml_log_set(ctypes.cast(callback, ctypes.c_void_p), None)
     try:
         yield
     finally:
         llama_cpp.llama_log_set(_default_callback, ctypes.c_void_p(0))
+        ggml.ggml_log_set(ctypes.cast(_default_callback, ctypes.c_void_p), None)
 
 
 @llama_cpp.llama_log_callback

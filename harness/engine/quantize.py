@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import llama_cpp
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from harness.engine.native import log_lines
 from harness.errors import EngineError
 from harness.ggml_types import FILE_TYPES, GGML_TYPES
+from harness.recipes import exact_pattern
 
 _LINE = re.compile(r"^\[ *(?P<i>\d+)/ *(?P<n>\d+)\] +(?P<name>\S+) +- \[.*?\], type = +(?P<type>\S+),(?P<rest>.*)$")
 _TO_TYPE = re.compile(r"MiB -> +[\d.]+ MiB \((?P<type>\w+)\)")
@@ -81,17 +83,23 @@ def quantize(
     overrides: Mapping[str, str],
     imatrix: Mapping[str, np.ndarray],
     n_threads: int,
+    metadata: Mapping[str, str | int] = MappingProxyType({}),
     allow_requantize: bool = False,
     on_progress: Callable[[float], None] | None = None,
 ) -> None:
     """Write `target` with the type that `overrides` gives to each tensor (name -> lower-case type).
 
-    `imatrix`: float32 weights by tensor name, one a column (times the number of experts). `on_progress` receives the
+    `imatrix`: float32 weights by tensor name, one a column (times the number of experts). `metadata`: keys for the
+    header beside those of the source, texts of at most 127 bytes and numbers below 2^32. `on_progress` receives the
     share of tensors begun. Raises EngineError when llama.cpp fails.
     """
     params = _params(file_type, n_threads)
     params.allow_requantize = allow_requantize
-    keep_alive = [_attach_overrides(params, overrides), _attach_imatrix(params, imatrix)]
+    keep_alive = [
+        _attach_overrides(params, overrides),
+        _attach_imatrix(params, imatrix),
+        _attach_metadata(params, metadata),
+    ]
 
     def on_line(line: str) -> None:
         match = _LINE.search(line)
@@ -111,8 +119,7 @@ def _params(file_type: str, n_threads: int) -> llama_cpp.llama_model_quantize_pa
 def _attach_overrides(params: llama_cpp.llama_model_quantize_params, overrides: Mapping[str, str]) -> object:
     array = (llama_cpp.llama_model_tensor_override * (len(overrides) + 1))()  # a zero entry ends it
     for entry, (name, type_name) in zip(array, overrides.items(), strict=False):
-        # Patterns are searched, not matched: anchor both ends and escape the dots.
-        entry.pattern = f"^{re.escape(name)}$".encode()
+        entry.pattern = exact_pattern(name).encode()
         entry.type = GGML_TYPES[type_name].id
     if overrides:
         params.tt_overrides = ctypes.cast(array, ctypes.POINTER(llama_cpp.llama_model_tensor_override))
@@ -131,6 +138,19 @@ def _attach_imatrix(params: llama_cpp.llama_model_quantize_params, imatrix: Mapp
     if imatrix:
         params.imatrix = ctypes.cast(array, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
     return kept
+
+
+def _attach_metadata(params: llama_cpp.llama_model_quantize_params, metadata: Mapping[str, str | int]) -> object:
+    array = (llama_cpp.llama_model_kv_override * (len(metadata) + 1))()  # an empty key ends it
+    for entry, (key, value) in zip(array, metadata.items(), strict=False):
+        entry.key = key.encode()
+        if isinstance(value, int):
+            entry.tag, entry.value.val_i64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        else:
+            entry.tag, entry.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+    if metadata:
+        params.kv_overrides = ctypes.cast(array, ctypes.POINTER(llama_cpp.llama_model_kv_override))
+    return array
 
 
 def _run(
