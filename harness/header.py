@@ -32,6 +32,8 @@ class GgufInfo:
     """A whole model, all parts of a split file taken together.
 
     `quantized_header_bytes` is the size of the header that llama_model_quantize would write, padding included.
+    `unknown_tensors`: those that this llama.cpp does not know; `idle_tensors`: those that it does not use to score;
+    `refusal`: why the model cannot be scored.
     """
 
     architecture: str
@@ -40,6 +42,9 @@ class GgufInfo:
     file_type: str | None
     quantized_header_bytes: int
     file_bytes: int
+    unknown_tensors: tuple[str, ...] = ()
+    idle_tensors: tuple[str, ...] = ()
+    refusal: str | None = None
 
     @property
     def quantized_types(self) -> tuple[str, ...]:
@@ -64,7 +69,8 @@ class GgufInfo:
     def from_json(data: dict[str, Any]) -> "GgufInfo":
         """The inverse of `to_json`."""
         tensors = tuple(TensorInfo(t["name"], tuple(t["shape"]), t["type"], t["n_bytes"]) for t in data["tensors"])
-        return GgufInfo(**{**data, "tensors": tensors})
+        names = {key: tuple(data[key]) for key in ("unknown_tensors", "idle_tensors")}
+        return GgufInfo(**{**data, **names, "tensors": tensors})
 
 
 def split_parts(path: Path) -> list[Path]:

@@ -27,7 +27,7 @@ def make_variant(
     from harness.engine.quantize import quantize
 
     assert plan.file_type is not None
-    weights = read_imatrix(imatrix) if imatrix else {}
+    weights = read_imatrix(imatrix).weights if imatrix else {}
     begin = time.perf_counter()
     quantize(
         source,

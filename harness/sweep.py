@@ -259,7 +259,9 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
     prompt_file = sources.text_file(config.prompts, "prompts", cache, say)
     text = calibration_file(config.calibration, cache, say)
     try:
-        reference = resolve_reference(config.model, cache, n_threads=n_threads, engine_version=engine_version, say=say)
+        reference = resolve_reference(
+            config.model, cache, n_threads=n_threads, engine_version=engine_version, say=say, must_score=with_reference
+        )
         _require_context(config, reference)
         prompts = load_windows(
             config.prompts, "prompts", prompt_file, reference.path, reference.id, engine_version, cache
@@ -360,6 +362,7 @@ def _plans(
             standard_asked=standard[file_type]["asked"],
             rules=rules if one.mode.apply_policy else (),
             metadata=reference.info.metadata,
+            unknown=reference.info.unknown_tensors,
         )
         if one.mode.placebo:
             plan = placebo_plan(plan, one.mode.placebo_seed)
@@ -373,9 +376,15 @@ def _plans(
                 f"quant={plan.quant} needs an imatrix (llama.cpp refuses {plan.type_of(plan.needs_imatrix[0])} "
                 f"for {plan.needs_imatrix[0]} without one): leave calibration=none out"
             )
+        idle = [name for name in plan.needs_imatrix if name in reference.info.idle_tensors]
+        if idle and calibration and not calibration.file:
+            raise UserError(
+                f"quant={plan.quant} needs imatrix data for {idle[0]} and {len(idle) - 1} more tensors that llama.cpp "
+                "does not use when it runs a text: choose a quant of more bits, or convert the model without them"
+            )
         plans.append(plan)
     if calibration and calibration.file:
-        weights = load_imatrix(calibration.file, cache.path("logs", "imatrix-check", ".log"))
+        weights = load_imatrix(calibration.file, cache.path("logs", "imatrix-check", ".log")).weights
         require_coverage(weights, plans, calibration.file)
     return plans
 
