@@ -102,6 +102,6 @@ def read_imatrix(path: Path) -> Imatrix:
         if not np.isfinite(mean).all():
             raise UserError(f"{path}: the values of {name} are not finite: make the imatrix again")
         found.weights[name] = mean.ravel()
-        if not counts.all():
-            found.idle[name] = tuple(np.flatnonzero(counts == 0).tolist())
+        if not (counts > 0).all():
+            found.idle[name] = tuple(np.flatnonzero(~(counts > 0)).tolist())
     return found

@@ -1,5 +1,6 @@
 """Every family of tests/tiny_architectures.py the whole way, against llama.cpp, gguf's reader and numpy."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,14 +13,15 @@ import pytest
 import yaml
 
 from harness import checks, measure
+from harness.engine import hidden
 from harness.engine import model as engine
 from harness.engine.gguf_file import read_header
-from harness.engine.hidden import hidden_states
 from harness.engine.load_check import check_load
 from harness.engine.quantize import DryRun, standard_types
+from harness.errors import EngineError
 from harness.header import GgufInfo
 from harness.imatrix import make_imatrix, read_imatrix
-from harness.plan import Plan, make_plan
+from harness.plan import Plan, make_plan, placebo_plan
 from harness.policy import Rule, parse_rules
 from harness.quantize import make_variant
 from harness.record import read_records
@@ -184,6 +186,9 @@ def test_quarters_count_real_layers(made: Made) -> None:
         assert len(types) == len(expected.ends | expected.middle)
     else:
         assert set(types.values()) == expected.attention["attn_v"]
+    placebo = placebo_plan(plan, None)
+    assert placebo.file_bytes == plan.file_bytes
+    assert sorted(t.type for t in placebo.tensors) == sorted(t.type for t in plan.tensors)
     named = {"ffn_down", "token_embd", "output"}
     assert all(t.type == t.standard_type for t in plan.tensors if t.role not in named)
 
@@ -212,12 +217,21 @@ def test_imatrix_has_every_matrix_of_the_blocks(made: Made) -> None:
 
 
 def test_layers_that_can_be_compared(made: Made) -> None:
-    states = hidden_states(
+    states = hidden.hidden_states(
         made.path, WINDOWS[0], first_scored=FIRST_SCORED, ubatch_tokens=64, flash_attention=True, n_threads=1
     )
     nothing = {4} if made.family.name == "deci" else set()  # the block of nothing has no output
     assert set(states) == set(range(made.family.keys["block_count"])) - nothing
     assert {rows.shape for rows in states.values()} == {(128 - FIRST_SCORED, made.family.keys["embedding_length"])}
+
+
+def test_layers_without_a_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hidden, "_LAYER_OUTPUT", re.compile("as in deepseek4"))
+    path = write_family(llama("m", tied=True), tmp_path / "m.gguf")
+    with pytest.raises(EngineError, match=r"no layer outputs .* measure.layers=false"):
+        hidden.hidden_states(
+            path, WINDOWS[0], first_scored=FIRST_SCORED, ubatch_tokens=64, flash_attention=True, n_threads=1
+        )
 
 
 @pytest.mark.parametrize("cap", [0.5, 50.0])
