@@ -1,6 +1,8 @@
 """Makes what the cases of a sweep need: the imatrix, the variants, the reference's probabilities. Each made once."""
 
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,27 @@ from harness.quantize import make_variant
 from harness.sweep import Case, Sweep
 
 
-def ensure_imatrix(sweep: Sweep, display: ProgressDisplay) -> frozenset[str]:
-    """Collect the imatrix unless it is held or was given. Returns the names of the tensors it has data for.
+@dataclass(frozen=True)
+class Coverage:
+    """What the imatrix has data for. tensors: their names; idle: by tensor, the experts that no token reached."""
+
+    tensors: frozenset[str] = frozenset()
+    idle: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+def ensure_imatrix(sweep: Sweep, display: ProgressDisplay) -> Coverage:
+    """Collect the imatrix unless it is held or was given.
 
     Raises EngineError when the reference is broken, UserError when the text did not reach a tensor that needs data.
     """
     calibration, path = sweep.calibration, sweep.imatrix_path
     if calibration is None or path is None:
-        return frozenset()
+        return Coverage()
     if calibration.windows is not None:
         _collect(sweep, calibration, calibration.windows, display)
-    weights = load_imatrix(path, sweep.cache.path("logs", "imatrix-check", ".log"))
-    require_coverage(weights, [case.plan for case in sweep.cases], path)
-    return frozenset(weights)
+    imatrix = load_imatrix(path, sweep.cache.path("logs", "imatrix-check", ".log"))
+    require_coverage(imatrix.weights, [case.plan for case in sweep.cases], path)
+    return Coverage(frozenset(imatrix.weights), imatrix.idle)
 
 
 def _collect(sweep: Sweep, calibration: Calibration, windows: Windows, display: ProgressDisplay) -> None:

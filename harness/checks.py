@@ -39,6 +39,15 @@ class Finding:
 def plan_findings(plan: Plan) -> list[Finding]:
     """What a plan alone tells: types that fell back, types that a policy lowered."""
     findings = []
+    if plan.unknown:
+        findings.append(
+            Finding(
+                "unknown_tensors",
+                f"this llama.cpp does not know {_count(plan.unknown)} of the model ({plan.unknown[0]} ...)",
+                "no rule applies to them, they keep llama.cpp's type; and llama.cpp refuses to load such a model",
+                "convert the model again with the converter of this llama.cpp",
+            )
+        )
     if plan.policy and all(t.type == t.standard_type for t in plan.tensors):
         findings.append(
             Finding(
@@ -176,6 +185,25 @@ def coverage_findings(plan: Plan, covered: Collection[str]) -> list[Finding]:
             f"the imatrix has no data for {len(bare)} of {len(inside)} tensors of the layers ({bare[0].name} ...)",
             "these are quantized as if there were no imatrix",
             "make the imatrix from this model, with more calibration text for a mixture of experts",
+        )
+    ]
+
+
+def expert_findings(plan: Plan, idle: Mapping[str, Sequence[int]]) -> list[Finding]:
+    """Experts that no calibration token reached. idle: their numbers by tensor."""
+    experts = [t for t in plan.quantizable if t.role.endswith("_exps")]
+    hit = [t for t in experts if t.name in idle]
+    if not hit:
+        return []
+    n_idle, n_all = sum(len(idle[t.name]) for t in hit), sum(t.shape[-1] for t in experts)
+    numbers = ", ".join(map(str, idle[hit[0].name]))
+    return [
+        Finding(
+            "idle_experts",
+            f"no token of the calibration text reached {n_idle} of {n_all} matrices of experts "
+            f"({hit[0].name}: {numbers}{' ...' if len(hit) > 1 else ''})",
+            "these are quantized as if every column were of the same importance",
+            "give more calibration text, of more kinds, or live with it for experts that hardly any text reaches",
         )
     ]
 

@@ -33,6 +33,8 @@ class GgufInfo:
 
     `quantized_header_bytes` is the size of the header that llama_model_quantize would write, without the padding at its
     end; `provenance_bytes` is what of it the keys of `harness.provenance` take that the file has already, by key.
+    `unknown_tensors`: those that this llama.cpp does not know; `idle_tensors`: those that it does not use to score;
+    `refusal`: why the model cannot be scored.
     """
 
     architecture: str
@@ -42,6 +44,9 @@ class GgufInfo:
     quantized_header_bytes: int
     provenance_bytes: dict[str, int]
     file_bytes: int
+    unknown_tensors: tuple[str, ...] = ()
+    idle_tensors: tuple[str, ...] = ()
+    refusal: str | None = None
 
     @property
     def quantized_types(self) -> tuple[str, ...]:
@@ -66,7 +71,8 @@ class GgufInfo:
     def from_json(data: dict[str, Any]) -> "GgufInfo":
         """The inverse of `to_json`."""
         tensors = tuple(TensorInfo(t["name"], tuple(t["shape"]), t["type"], t["n_bytes"]) for t in data["tensors"])
-        return GgufInfo(**{**data, "tensors": tensors})
+        names = {key: tuple(data[key]) for key in ("unknown_tensors", "idle_tensors")}
+        return GgufInfo(**{**data, **names, "tensors": tensors})
 
 
 def split_parts(path: Path) -> list[Path]:

@@ -5,6 +5,7 @@ NAME.in_sum2 [n_matrices, columns] (sums of squared activations) and NAME.counts
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
     from harness.engine.collect import Activations
 
 COLLECTOR_VERSION = 1  # of the values; part of the key of every imatrix that the harness makes
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """weights: mean squared activations by weight tensor, float32 [n_matrices * columns], as llama_model_quantize takes
+    them. idle: by tensor, the experts that no calibration token reached; their weights are 1.0, as in llama-quantize.
+    """
+
+    weights: dict[str, np.ndarray]
+    idle: dict[str, tuple[int, ...]]
 
 
 def make_imatrix(
@@ -59,10 +70,10 @@ def write_imatrix(
     writer.close()
 
 
-def load_imatrix(path: Path, log_path: Path) -> dict[str, np.ndarray]:
+def load_imatrix(path: Path, log_path: Path) -> Imatrix:
     """`read_imatrix` in a child: the file may be anybody's."""
-    weights: dict[str, np.ndarray] = _in_child(read_imatrix, path, log_path)
-    return weights
+    imatrix: Imatrix = _in_child(read_imatrix, path, log_path)
+    return imatrix
 
 
 def load_origin(path: Path, log_path: Path) -> tuple[str | None, int | None]:
@@ -89,12 +100,8 @@ def _read_origin(path: Path) -> tuple[str | None, int | None]:
     return dataset, n_chunks if isinstance(n_chunks, int) and 0 < n_chunks < 1 << 32 else None
 
 
-def read_imatrix(path: Path) -> dict[str, np.ndarray]:
-    """Mean squared activations by weight tensor: float32 [n_matrices * columns], as llama_model_quantize takes them.
-
-    An expert that no calibration token reached gets 1.0 everywhere, as in llama-quantize. Raises UserError when the
-    file is no GGUF imatrix or holds values that are not finite.
-    """
+def read_imatrix(path: Path) -> Imatrix:
+    """The imatrix of a file. Raises UserError when it is no GGUF imatrix or holds values that are not finite."""
     from harness.engine.gguf_file import read_float_tensors
 
     if not path.is_file():
@@ -106,7 +113,7 @@ def read_imatrix(path: Path) -> dict[str, np.ndarray]:
     names = [name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")]
     if not names:
         raise UserError(f"{path} holds no imatrix (no tensor ends with .in_sum2): give one that llama-imatrix wrote")
-    weights: dict[str, np.ndarray] = {}
+    found = Imatrix({}, {})
     for name in names:
         sums, counts = np.atleast_2d(tensors[f"{name}.in_sum2"]), tensors.get(f"{name}.counts")
         if counts is None or counts.size not in (1, len(sums)):
@@ -115,5 +122,7 @@ def read_imatrix(path: Path) -> dict[str, np.ndarray]:
         mean = np.divide(sums, counts, out=np.ones_like(sums), where=counts > 0)
         if not np.isfinite(mean).all():
             raise UserError(f"{path}: the values of {name} are not finite: make the imatrix again")
-        weights[name] = mean.ravel()
-    return weights
+        found.weights[name] = mean.ravel()
+        if not (counts > 0).all():
+            found.idle[name] = tuple(np.flatnonzero(~(counts > 0)).tolist())
+    return found

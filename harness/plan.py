@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -78,6 +78,7 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     idle: Idle = field(default_factory=Idle)  # rules of the policy that decide nothing
     metadata: tuple[tuple[str, str | int], ...] = ()  # what the file says of its origin, see harness.provenance
+    unknown: tuple[str, ...] = ()  # tensors that llama.cpp does not know: no rule applies to them
 
     @cached_property
     def quantizable(self) -> tuple[TensorPlan, ...]:
@@ -157,11 +158,13 @@ def make_plan(
     standard_asked: Mapping[str, str],
     rules: Sequence[Rule],
     metadata: Mapping[str, Any],
+    unknown: Collection[str] = (),
 ) -> Plan:
     """The plan of one variant.
 
     standard_final: llama.cpp's own type for every tensor it is willing to quantize; standard_asked: what it wanted
-    for those that fell back. Raises UserError when a rule asks for a type that the tensor's width cannot take.
+    for those that fell back. `unknown`: tensors that keep llama.cpp's type whatever the rules say.
+    Raises UserError when a rule asks for a type that the tensor's width cannot take.
     """
     gqa, n_experts = gqa_factor(metadata), expert_count(metadata)
     layers_of_role: dict[str, list[int]] = defaultdict(list)
@@ -178,7 +181,7 @@ def make_plan(
         quantizable = tensor.name in standard_final
         standard = standard_final.get(tensor.name, tensor.type)
         asked, final, rule_name = standard_asked.get(tensor.name, standard), standard, STANDARD_RULE
-        if quantizable:
+        if quantizable and tensor.name not in unknown:
             position = None if layer is None else positions[role][layer]
             n_positions = None if layer is None else len(positions[role])
             choice = choose(
@@ -207,7 +210,7 @@ def make_plan(
         if t.type != r.type and exact_pattern(t.name) in r.tensors
     )
     idle = replace(idle, rules=idle.rules + ignored)
-    return Plan(quant, mode, policy, file_type, header_bytes, planned, idle)
+    return Plan(quant, mode, policy, file_type, header_bytes, planned, idle, unknown=tuple(unknown))
 
 
 def placebo_plan(plan: Plan, seed: int | None) -> Plan:
@@ -220,7 +223,7 @@ def placebo_plan(plan: Plan, seed: int | None) -> Plan:
     rng = None if seed is None else np.random.default_rng(seed)
     groups: dict[Any, list[TensorPlan]] = defaultdict(list)
     for tensor in plan.quantizable:
-        if tensor.layer is not None:
+        if tensor.layer is not None and tensor.name not in plan.unknown:
             groups[tensor.shape if rng else (tensor.role, tensor.shape)].append(tensor)
     moved: dict[str, TensorPlan] = {}
     for group in groups.values():

@@ -28,7 +28,7 @@ def make_variant(
     from harness.engine.quantize import quantize
 
     assert plan.file_type is not None
-    weights = read_imatrix(imatrix) if imatrix else {}
+    weights = read_imatrix(imatrix).weights if imatrix else {}
     metadata = {key: len(weights) if key == IMATRIX_ENTRIES else value for key, value in plan.metadata}
     begin = time.perf_counter()
     quantize(

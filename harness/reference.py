@@ -1,7 +1,6 @@
 """The reference that every variant is compared with: resolved, inspected, derived where it must be."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +51,19 @@ class Reference:
 
 
 def resolve_reference(
-    model: ModelConfig, cache: Cache, *, n_threads: int, engine_version: str, say: sources.Say
+    model: ModelConfig, cache: Cache, *, n_threads: int, engine_version: str, say: sources.Say, must_score: bool = True
 ) -> Reference:
     """Fetch, verify and inspect the model; derive an F16 reference when it is quantized and that is allowed.
 
-    Raises UserError on a model that cannot be had, read, or used as a reference.
+    Raises UserError on a model that cannot be had, read, or used as a reference; with `must_score`, also on one that
+    llama.cpp cannot score.
     """
     source = sources.model_file(model, cache, say)
     sha256 = source_sha256(source, cache)
     info = inspect(source, sha256, engine_version, cache)
     name = model_label(model)
+    if must_score and info.refusal:
+        raise UserError(f"{name} cannot be scored: {info.refusal}{_unknown(info)}: give another model")
     alignment = info.metadata.get("general.alignment", GGUF_ALIGNMENT)
     if alignment != GGUF_ALIGNMENT:
         raise UserError(
@@ -111,8 +113,8 @@ def inspect(path: Path, content_id: str, engine_version: str, cache: Cache) -> G
     def make() -> dict[str, Any]:
         return run_in_child(read_header_json, path, log_path=cache.path("logs", "inspect", ".log"))
 
-    fields = [field.name for field in dataclasses.fields(GgufInfo)]  # what an older release kept may lack some
-    return GgufInfo.from_json(cache.json("headers", key_of(content_id, engine_version, fields), make))
+    names = [field.name for field in fields(GgufInfo)]  # what an older release kept may lack some
+    return GgufInfo.from_json(cache.json("headers", key_of(content_id, engine_version, names), make))
 
 
 def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
@@ -128,5 +130,15 @@ def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
 def read_header_json(path: Path) -> dict[str, Any]:
     """Runs in a child: the header as JSON types."""
     from harness.engine.gguf_file import read_header
+    from harness.engine.load_check import check_load
 
-    return read_header(path).to_json()
+    info = read_header(path)
+    check = check_load(path, tuple(t.name for t in info.tensors))
+    return replace(info, unknown_tensors=check.unknown, idle_tensors=check.idle, refusal=check.refusal).to_json()
+
+
+def _unknown(info: GgufInfo) -> str:
+    names = info.unknown_tensors
+    if not names:
+        return ""
+    return f"; it does not know {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from harness import checks, metrics
-from harness.artefacts import ensure_imatrix, ensure_probabilities, ensure_variant, score_case
+from harness.artefacts import Coverage, ensure_imatrix, ensure_probabilities, ensure_variant, score_case
 from harness.errors import EngineError
 from harness.isolate import run_in_child
 from harness.layers import measure_layers
@@ -27,7 +27,7 @@ def run(sweep: Sweep, display: ProgressDisplay) -> list[str]:
     for folder in (sweep.folder, sweep.cache.folder):
         remove_leftovers(folder)
     engine = run_in_child(engine_facts, log_path=sweep.cache.path("logs", "engine", ".log"))
-    covered: frozenset[str] = frozenset()
+    covered = Coverage()
     if any(case.plan.file_type for case in (*sweep.open_cases, *sweep.to_quantize)):
         covered = ensure_imatrix(sweep, display)
     if sweep.open_cases:
@@ -83,13 +83,13 @@ def _remove_variant(sweep: Sweep, case: Case) -> None:
             sweep.cache.remove(sweep.variant_path(case))
 
 
-def _record(sweep: Sweep, case: Case, begun: dict[str, Any], covered: frozenset[str]) -> dict[str, Any]:
-    """Everything about a case but what was measured. covered: tensors that the imatrix has data for."""
+def _record(sweep: Sweep, case: Case, begun: dict[str, Any], covered: Coverage) -> dict[str, Any]:
+    """Everything about a case but what was measured."""
     plan, calibration = case.plan, sweep.calibration if case.plan.file_type else None
     findings = checks.plan_findings(plan) + checks.reference_findings(sweep.reference.describe())
     if calibration:
         findings += checks.overlap_findings(calibration.overlap, calibration.max_overlap)
-        findings += checks.coverage_findings(plan, covered)
+        findings += checks.coverage_findings(plan, covered.tensors) + checks.expert_findings(plan, covered.idle)
     return {
         "schema_version": SCHEMA_VERSION,
         "key": case.key,

@@ -261,7 +261,9 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
     prompt_file = sources.text_file(config.prompts, "prompts", cache, say)
     text = calibration_file(config.calibration, cache, say)
     try:
-        reference = resolve_reference(config.model, cache, n_threads=n_threads, engine_version=engine_version, say=say)
+        reference = resolve_reference(
+            config.model, cache, n_threads=n_threads, engine_version=engine_version, say=say, must_score=with_reference
+        )
         policies = with_copied_types(configs, policies, reference, cache)
         _require_context(config, reference)
         prompts = load_windows(
@@ -363,6 +365,7 @@ def _plans(
             standard_asked=standard[file_type]["asked"],
             rules=rules if one.mode.apply_policy else (),
             metadata=reference.info.metadata,
+            unknown=reference.info.unknown_tensors,
         )
         if one.mode.placebo:
             plan = placebo_plan(plan, one.mode.placebo_seed)
@@ -376,12 +379,18 @@ def _plans(
                 f"quant={plan.quant} needs an imatrix (llama.cpp refuses {plan.type_of(plan.needs_imatrix[0])} "
                 f"for {plan.needs_imatrix[0]} without one): leave calibration=none out"
             )
+        idle = [name for name in plan.needs_imatrix if name in reference.info.idle_tensors]
+        if idle and calibration and not calibration.file:
+            raise UserError(
+                f"quant={plan.quant} needs imatrix data for {idle[0]} and {len(idle) - 1} more tensors that llama.cpp "
+                "does not use when it runs a text: choose a quant of more bits, or convert the model without them"
+            )
         # Cases of the same content are one file, which tells the origin of the first.
         named = with_provenance(plan, reference.info, calibration.metadata if calibration else {})
         first = next((other for other in plans if other.id == plan.id), named)
         plans.append(replace(plan, metadata=first.metadata, header_bytes=first.header_bytes))
     if calibration and calibration.file:
-        weights = load_imatrix(calibration.file, cache.path("logs", "imatrix-check", ".log"))
+        weights = load_imatrix(calibration.file, cache.path("logs", "imatrix-check", ".log")).weights
         require_coverage(weights, plans, calibration.file)
     return plans
 

@@ -128,7 +128,7 @@ def test_activations_of_experts_are_those_of_the_router(tmp_path: Path) -> None:
         assert down.sums.shape == (4, 512) and down.counts.tolist() == experts.counts.tolist()
     target = tmp_path / "moe-iq2_xs.gguf"
     write_imatrix(tmp_path / "imatrix.gguf", found, dataset="words", n_windows=2, window_tokens=64)
-    weights = read_imatrix(tmp_path / "imatrix.gguf")
+    weights = read_imatrix(tmp_path / "imatrix.gguf").weights
     final = standard_types(path, ["iq2_xs"], has_imatrix=True)["iq2_xs"].final
     quantize(path, target, "iq2_xs", overrides=final, imatrix=weights, n_threads=2)
     assert {t.name: t.type for t in read_header(target).tensors if t.name in final} == final
@@ -139,7 +139,7 @@ def test_imatrix_survives_writing_and_reading(tiny_gguf: Path, tmp_path: Path) -
     found = collect_activations(tiny_gguf, windows, flash_attention=True, n_threads=2)
     path = tmp_path / "imatrix.gguf"
     write_imatrix(path, found, dataset="words", n_windows=2, window_tokens=64)
-    weights = read_imatrix(path)
+    weights = read_imatrix(path).weights
     for name, entry in found.items():
         np.testing.assert_allclose(weights[name], entry.sums[0] / 128, rtol=1e-6)
     fields = gguf.GGUFReader(path).fields

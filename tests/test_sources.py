@@ -365,9 +365,9 @@ def test_gguf_files_that_are_no_model_are_refused(sweep_model: Cli, tmp_path: Pa
     table = {"token_embd.weight": np.zeros((32, 256), np.float16)}
     path = write_gguf(tmp_path / "strange.gguf", "nonesuch", table)
     line = refused(sweep_model(path), tmp_path)
-    assert "llama.cpp cannot use strange" in line
+    assert "strange cannot be scored" in line
     path = write_gguf(tmp_path / "bare.gguf", "llama", table)
-    assert "llama.cpp cannot use bare" in refused(sweep_model(path), tmp_path)
+    assert "bare cannot be scored" in refused(sweep_model(path), tmp_path)
 
 
 def test_imatrix_as_model_is_refused(sweep_model: Cli, tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_imatrix_as_model_is_refused(sweep_model: Cli, tmp_path: Path) -> None:
     path = tmp_path / "imatrix.gguf"
     some = Activations(np.ones((1, 256), np.float32), np.ones(1, np.float32))
     write_imatrix(path, {"blk.0.ffn_up.weight": some}, dataset="x", n_windows=1, window_tokens=1)
-    assert "llama.cpp cannot use imatrix" in refused(sweep_model(path), tmp_path)
+    assert "imatrix cannot be scored" in refused(sweep_model(path), tmp_path)
 
 
 @pytest.fixture
@@ -471,7 +471,7 @@ def test_other_parts_and_missing_parts_are_refused(
     assert first.name in refused(sweep_model(second), tmp_path)
     renamed = first.with_name("alone.gguf")
     renamed.write_bytes(first.read_bytes())
-    assert "llama.cpp cannot use alone" in refused(sweep_model(renamed), tmp_path)
+    assert "alone cannot be scored" in refused(sweep_model(renamed), tmp_path)
     whole = third.read_bytes()
     third.write_bytes(whole[:-100])
     line = refused(sweep_model(first), tmp_path)

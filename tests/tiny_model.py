@@ -43,15 +43,7 @@ def write_tiny_llama(
     if n_experts:
         writer.add_expert_count(n_experts)
         writer.add_expert_used_count(n_experts_used)
-    tokens = vocabulary()
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([text for text, _, _ in tokens])
-    writer.add_token_scores([score for _, score, _ in tokens])
-    writer.add_token_types([kind for _, _, kind in tokens])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_add_bos_token(add_bos)
+    add_vocabulary(writer, add_bos=add_bos)
 
     def add(name: str, *shape: int, scale: float) -> None:
         data = rng.normal(0.0, scale, shape)
@@ -60,7 +52,7 @@ def write_tiny_llama(
         writer.add_tensor(name, data.astype(np.float16 if len(shape) > 1 else np.float32))
 
     head = n_embd // n_heads
-    add("token_embd.weight", len(tokens), n_embd, scale=1.0)
+    add("token_embd.weight", N_VOCAB, n_embd, scale=1.0)
     for i in range(n_layers):
         add(f"blk.{i}.attn_norm.weight", n_embd, scale=1.0)
         add(f"blk.{i}.attn_q.weight", n_embd, n_embd, scale=0.06)
@@ -76,12 +68,30 @@ def write_tiny_llama(
         add(f"blk.{i}.ffn_down{suffix}.weight", *lead, n_embd, n_ff, scale=0.06)
     add("output_norm.weight", n_embd, scale=1.0)
     if not tied:
-        add("output.weight", len(tokens), n_embd, scale=0.06)
+        add("output.weight", N_VOCAB, n_embd, scale=0.06)
+    close(writer)
+    return path
+
+
+def close(writer: gguf.GGUFWriter) -> None:
+    """Write everything to the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, *, add_bos: bool = True) -> None:
+    """Metadata of the tokenizer: N_VOCAB tokens."""
+    tokens = vocabulary()
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([text for text, _, _ in tokens])
+    writer.add_token_scores([score for _, score, _ in tokens])
+    writer.add_token_types([kind for _, _, kind in tokens])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(add_bos)
 
 
 def vocabulary() -> list[tuple[str, float, int]]:
@@ -97,6 +107,9 @@ def vocabulary() -> list[tuple[str, float, int]]:
     tokens += [(letter, -100.0, normal) for letter in "abcdefghijklmnopqrstuvwxyz\u2581"]
     tokens += [(f"\u2581{word}", -float(i + 1), normal) for i, word in enumerate(WORDS)]
     return tokens
+
+
+N_VOCAB = len(vocabulary())
 
 
 def random_text(n_words: int, seed: int) -> str:
