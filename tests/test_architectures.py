@@ -21,7 +21,7 @@ from harness.engine.quantize import DryRun, standard_types
 from harness.errors import EngineError
 from harness.header import GgufInfo
 from harness.imatrix import make_imatrix, read_imatrix
-from harness.plan import Plan, make_plan, placebo_plan
+from harness.plan import Plan, make_plan, padded, placebo_plan
 from harness.policy import Rule, parse_rules
 from harness.quantize import make_variant
 from harness.record import read_records
@@ -100,7 +100,7 @@ def plan_of(made: Made, policy: str | None) -> Plan:
         policy=policy,
         file_type="iq1_m",
         tensors=made.info.tensors,
-        header_bytes=made.info.quantized_header_bytes,
+        header_bytes=padded(made.info.quantized_header_bytes),
         standard_final=made.standard.final,
         standard_asked=made.standard.asked,
         rules=rules_of(policy) if policy else (),
@@ -279,7 +279,7 @@ def test_unknown_tensors_keep_the_standard_type(tmp_path: Path) -> None:
         policy="all",
         file_type="q4_0",
         tensors=info.tensors,
-        header_bytes=info.quantized_header_bytes,
+        header_bytes=padded(info.quantized_header_bytes),
         standard_final=standard.final,
         standard_asked=standard.asked,
         rules=(Rule("all", "q8_0"),),
