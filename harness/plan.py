@@ -13,6 +13,7 @@ import numpy as np
 from harness.errors import UserError
 from harness.ggml_types import GGML_TYPES, GGUF_ALIGNMENT, fit_type, requires_imatrix, tensor_bytes
 from harness.header import TensorInfo
+from harness.mixture import Mixture
 from harness.policy import Rule, Subject, matching_rule
 from harness.store import key_of
 
@@ -75,6 +76,7 @@ class Plan:
     header_bytes: int
     tensors: tuple[TensorPlan, ...]
     idle_rules: tuple[str, ...] = ()  # rules for this file type that decide no tensor
+    mixture: Mixture | None = None  # what the standard file is; None for the reference
 
     @cached_property
     def quantizable(self) -> tuple[TensorPlan, ...]:
@@ -154,11 +156,12 @@ def make_plan(
     standard_asked: Mapping[str, str],
     rules: Sequence[Rule],
     metadata: Mapping[str, Any],
+    mixture: Mixture | None = None,
 ) -> Plan:
     """The plan of one variant.
 
-    standard_final: llama.cpp's own type for every tensor it is willing to quantize; standard_asked: what it wanted
-    for those that fell back. Raises UserError when a rule asks for a type that the tensor's width cannot take.
+    standard_final: the mixture's type for every tensor that llama.cpp is willing to quantize; standard_asked: what was
+    wanted for those that fell back. Raises UserError when a rule asks for a type that the tensor's width cannot take.
     """
     gqa, n_experts = gqa_factor(metadata), expert_count(metadata)
     layers_of_role: dict[str, list[int]] = defaultdict(list)
@@ -188,7 +191,7 @@ def make_plan(
     planned = tuple(plan_tensor(t) for t in tensors)
     used = {t.rule for t in planned}
     idle = tuple(r.name for r in rules if r.name not in used and (not r.file_types or file_type in r.file_types))
-    return Plan(quant, mode, policy, file_type, header_bytes, planned, idle)
+    return Plan(quant, mode, policy, file_type, header_bytes, planned, idle, mixture)
 
 
 def placebo_plan(plan: Plan, seed: int | None) -> Plan:

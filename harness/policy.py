@@ -16,10 +16,9 @@ import yaml
 
 from harness.config import PolicyConfig, folder_name
 from harness.errors import UserError, nearest
-from harness.ggml_types import FILE_TYPES, GGML_TYPES
+from harness.ggml_types import FILE_TYPES, WEIGHT_TYPES
 
 _KEYS = ("name", "type", "file_types", "roles", "depth", "min_gqa", "min_experts", "max_experts")
-_WEIGHT_TYPES = tuple(name for name in GGML_TYPES if name not in ("i8", "i16", "i32", "i64", "f64"))
 _DEPTH = re.compile(r"(\d{1,6})(?:/(\d{1,6}))?\.\.(\d{1,6})(?:/(\d{1,6}))?")
 _MAX_FILE_BYTES = 1 << 20
 
@@ -148,8 +147,8 @@ def _parse_rule(raw: Any, where: str) -> Rule:
         if not isinstance(raw.get(key), str) or not raw[key]:
             raise UserError(f"{where}: {key} is missing or no text")
     where = f"{where} ({raw['name']})"
-    if raw["type"] not in _WEIGHT_TYPES:
-        raise UserError(f"{where}: {raw['type']!r} is no tensor type.{nearest(raw['type'], _WEIGHT_TYPES)}")
+    if raw["type"] not in WEIGHT_TYPES:
+        raise UserError(f"{where}: {raw['type']!r} is no tensor type.{nearest(raw['type'], WEIGHT_TYPES)}")
     file_types = _names(raw, "file_types", where)
     for name in file_types:
         if name not in FILE_TYPES:

@@ -16,11 +16,14 @@ import numpy as np
 
 from harness import __version__
 from harness.errors import UserError, nearest
+from harness.ggml_types import FILE_TYPES, GGML_TYPES
 from harness.store import sha256_file, write_json, write_npz
 
 SCHEMA_VERSION = 1
 _LARGEST, _LARGEST_NLL = 1e18, 700.0  # exp of the latter is close to the largest float64
 RECORDS = "records"  # folder below the sweep's folder
+
+_TYPE_NAMES = frozenset({*FILE_TYPES, *GGML_TYPES})
 
 # Without these a file is no record.
 REQUIRED = ("key", "status", "quant", "mode", "policy", "created_utc")
@@ -96,6 +99,8 @@ class Record:
             self.data["environment"]
         ):
             return "environment is incomplete"
+        if not _is_mixture(self.data.get("mixture")):
+            return "mixture is none that a quant can have"
         findings = self.data.get("findings")
         parts = {"kind", "what", "why", "todo"}
         if not isinstance(findings, list) or not all(isinstance(one, dict) and parts <= set(one) for one in findings):
@@ -116,6 +121,17 @@ class Record:
         if nll.ndim != 2 or not nll.size or not np.isfinite(nll).all() or nll.mean() > _LARGEST_NLL:
             raise UserError(f"{path} holds no per-token values: run the sweep again, it will measure this case anew")
         return values
+
+
+def _is_mixture(value: Any) -> bool:
+    """What `Mixture.to_json` writes, or None: the reference has none, nor had records before there were presets."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not isinstance(value.get("plain"), dict):
+        return False
+    types = [value.get("file_type"), value.get("plain_file_type"), *value["plain"].values()]
+    types += [one for one in (value.get("embedding_type"), value.get("output_type")) if one is not None]
+    return isinstance(value.get("pure"), bool) and all(isinstance(one, str) and one in _TYPE_NAMES for one in types)
 
 
 def mode_label(mode: str, policy: str | None) -> str:
