@@ -14,7 +14,7 @@ from harness.compare import dominators
 from harness.errors import UserError
 from harness.formats import markdown
 from harness.frames import measured_cases
-from harness.ggml_types import UNQUANTIZED
+from harness.ggml_types import GGML_TYPES, UNQUANTIZED
 from harness.mixture import Mixture, type_changes
 from harness.plan import role_and_layer
 from harness.record import Record
@@ -365,10 +365,10 @@ def _types_text(record: Record) -> str:
     parts = [f"embeddings and output (one tensor) {embedding}" if tied else f"embeddings {embedding}, output {output}"]
     mixture = Mixture.from_json(record.data["mixture"]) if record.data.get("mixture") else None
     if mixture and mixture.is_preset:
-        parts.insert(0, mixture.words)
-    if mixture and mixture.plain:
-        changes = ((role_and_layer(n)[0], kind, tensors[n]["standard"]) for n, kind in mixture.plain if n in tensors)
-        parts.append(f"unlike llama.cpp's {mixture.plain_file_type.upper()}: {type_changes(changes)}")
+        standard = {name: kind for name, one in tensors.items() if (kind := one["standard"]) in GGML_TYPES}
+        changes = [(role_and_layer(n)[0], kind, standard[n]) for n, kind in mixture.plain if n in standard]
+        unlike = f"; unlike llama.cpp's {mixture.plain_file_type.upper()}: {type_changes(changes)}" if changes else ""
+        parts.insert(0, f"{mixture.words}{unlike}")
     roles: dict[str, Counter[str]] = {}
     for name, tensor in tensors.items():
         found = re.fullmatch(r"blk\.\d+\.(.+?)(?:\.weight)?", name)

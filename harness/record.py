@@ -23,8 +23,6 @@ SCHEMA_VERSION = 1
 _LARGEST, _LARGEST_NLL = 1e18, 700.0  # exp of the latter is close to the largest float64
 RECORDS = "records"  # folder below the sweep's folder
 
-_TYPE_NAMES = frozenset({*FILE_TYPES, *GGML_TYPES})
-
 # Without these a file is no record.
 REQUIRED = ("key", "status", "quant", "mode", "policy", "created_utc")
 
@@ -129,9 +127,14 @@ def _is_mixture(value: Any) -> bool:
         return True
     if not isinstance(value, dict) or not isinstance(value.get("plain"), dict):
         return False
-    types = [value.get("file_type"), value.get("plain_file_type"), *value["plain"].values()]
-    types += [one for one in (value.get("embedding_type"), value.get("output_type")) if one is not None]
-    return isinstance(value.get("pure"), bool) and all(isinstance(one, str) and one in _TYPE_NAMES for one in types)
+    asked = [value.get(name, "") for name in ("embedding_type", "output_type")]
+    types = [*value["plain"].values(), *(one for one in asked if one is not None)]
+    file_types = [value.get("file_type"), value.get("plain_file_type")]
+    return (
+        isinstance(value.get("pure"), bool)
+        and all(isinstance(one, str) and one in FILE_TYPES for one in file_types)
+        and all(isinstance(one, str) and one in GGML_TYPES for one in types)
+    )
 
 
 def mode_label(mode: str, policy: str | None) -> str:

@@ -263,7 +263,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, tiny_gguf: Path, texts: tupl
     overrides += ["prompts.n_windows=2", "prompts.window_tokens=128", "calibration.n_windows=2"]
     overrides += ["calibration.window_tokens=128", "runtime.threads=2", "measure.speed=false"]
     overrides += [f"runtime.cache_dir={folder / 'cache'}", f"results.dir={folder / 'results'}", "results.name=tiny"]
-    assert main(["sweep", "quant=f16,bf16-q8_0,q4_k,q4_k_l,q4_0,iq4_nl", "mode=standard", *overrides]) == 0
+    assert main(["sweep", "quant=f16,bf16-q8_0,q4_k,q4_k_l,q4_0", "mode=standard", *overrides]) == 0
     plain = ["quant=q4_0", "quant.name=q4_0_plain", "quant.pure=false", "mode=standard"]
     assert main(["sweep", *plain, *overrides]) == 0
     return folder / "results" / "tiny"
@@ -289,7 +289,6 @@ def test_records_hold_file_type_embedding_type_output_type_and_pure(swept: Path)
         "q4_k_l": ("q4_k_m", "q8_0", "q8_0", False, "q8_0", "q8_0"),
         "q4_0": ("q4_0", None, None, True, "q4_0", "q4_0"),
         "q4_0_plain": ("q4_0", None, None, False, "q4_0", "q6_k"),
-        "iq4_nl": ("iq4_nl", None, None, False, "iq4_nl", "q6_k"),
     }
     assert records(swept)["reference"]["mixture"] is None
     assert records(swept)["q4_0"]["mixture"]["plain"] == {"output.weight": "q6_k"}
@@ -301,7 +300,7 @@ def test_two_names_of_one_content_are_measured_once(swept: Path) -> None:
     one, other = (records(swept)[name] for name in ("q4_k", "q4_k_l"))
     assert one["key"] == other["key"] and (one.get("same_as"), other.get("same_as")) == (None, "q4_k standard")
     runs = pd.read_csv(swept / "runs.csv").set_index("quant")
-    assert len(runs) == 8 and runs.ppl["q4_k"] == runs.ppl["q4_k_l"]
+    assert len(runs) == 7 and runs.ppl["q4_k"] == runs.ppl["q4_k_l"]
     assert runs.ppl["f16"] == runs.ppl["reference"] and runs.kld_mean["f16"] == pytest.approx(0, abs=1e-6)
     assert runs.mixture["q4_k"] == "Q4_K_M, embeddings and output Q8_0" and runs.mixture["q4_0"] == "Q4_0, pure"
     assert runs.pure.map(str).to_dict() | {"reference": ""} == {
@@ -318,19 +317,22 @@ def test_a_card_of_presets(cli: Cli, swept: Path, tmp_path: Path) -> None:
     files = text.split("## Included Files")[1].split("## ")[0]
     lines = {line.split("`")[1]: line for line in files.splitlines() if line.startswith("- `")}
     assert set(lines) == {f"Tiny-{name}-standard.gguf" for name in records(swept) if name != "reference"}
-    assert ": Q4_K_M, embeddings and output Q8_0. Embeddings Q8_0, output Q8_0." in lines["Tiny-q4_k-standard.gguf"]
+    q4_k = lines["Tiny-q4_k-standard.gguf"]
+    assert ": Q4_K_M, embeddings and output Q8_0; unlike llama.cpp's Q4_K_M: " in q4_k
+    assert "output Q6_K -&gt; Q8_0" in q4_k and "token\\_embd" not in q4_k
+    assert "token_embd Q4_K -&gt; Q8_0" in q4_k and ". Embeddings Q8_0, output Q8_0." in q4_k
     pure = lines["Tiny-q4_0-standard.gguf"]
-    assert ": Q4_0, pure. Embeddings Q4_0, output Q4_0." in pure
-    assert pure.endswith("Unlike llama.cpp's Q4_0: output Q6_K -&gt; Q4_0.")
+    unlike = "unlike llama.cpp's Q4_0: output Q6_K -&gt; Q4_0."
+    assert f": Q4_0, pure; {unlike} Embeddings Q4_0, output Q4_0." in pure
     assert ": Embeddings Q4_0, output Q6_K." in lines["Tiny-q4_0_plain-standard.gguf"]
     rows = [line.split("|") for line in text.split("## Which Format")[1].split("## ")[0].splitlines() if "|" in line]
     hardware = {row[1].strip(): row[-3].strip() for row in rows[2:]}
-    labels = ["Q4_K (Q4_K_M, embeddings and output Q8_0)", "Q4_K (Q4_K_L, Q4_K_M, embeddings and output Q8_0)"]
-    labels += ["Q4_0 (pure)", "Q4_0_PLAIN (Q4_0)", "BF16-Q8_0 (Q8_0, embeddings and output BF16)", "F16", "IQ4_NL"]
+    labels = ["Q4_K (Q4_K_M, embeddings and output Q8_0)", "Q4_K_L (Q4_K_M, embeddings and output Q8_0)"]
+    labels += ["Q4_0 (pure)", "Q4_0_PLAIN (Q4_0)", "BF16-Q8_0 (Q8_0, embeddings and output BF16)", "F16"]
     assert set(labels) <= set(hardware)
     assert "for the output: Processors that compute in BF16" in hardware[labels[4]]
     commands = text.split("To repeat it:")[1].split("```")[1]
-    assert "quant=bf16-q8_0,f16" in commands or "quant=f16,bf16-q8_0" in commands
+    assert "quant=q4_0,q4_k,q4_k_l,bf16-q8_0,f16 mode=standard" in commands
     plain = [line for line in commands.splitlines() if "quant.name=" in line]
     assert len(plain) == 1 and "quant=q4_0 quant.name=q4_0_plain quant.file_type=q4_0" in plain[0]
     for line in (line for line in commands.splitlines() if line.startswith("python -m harness sweep ")):
@@ -363,7 +365,10 @@ def test_records_without_a_mixture_are_plain_types() -> None:
         {"file_type": "q4_0", "embedding_type": None, "output_type": None, "pure": 1, "plain_file_type": "q4_0"},
         {"file_type": "<b>", "embedding_type": None, "output_type": None, "pure": True, "plain": {}},
         {"file_type": "q4_0", "embedding_type": [], "pure": True, "plain": {}, "plain_file_type": "q4_0"},
-        {"file_type": "q4_0", "pure": True, "plain": {"a": {}}, "plain_file_type": "q4_0"},
+        {"file_type": "q4_0", "embedding_type": None, "output_type": None, "pure": True, "plain": {"a": {}}},
+        {**Mixture("q4_0", plain_file_type="q4_0").to_json(), "plain": {"output.weight": "q4_k_m"}},
+        {**Mixture("q4_0", plain_file_type="q4_0").to_json(), "output_type": "q4_k_m"},
+        {**Mixture("q4_0", plain_file_type="q4_0").to_json(), "pure": None},
     ],
 )
 def test_a_strange_mixture_is_a_flaw(mixture: object) -> None:
