@@ -517,7 +517,7 @@ def _verb_help(verb: str) -> str:
 def _wrapped(words: list[str], indent: int = 15) -> str:
     import textwrap
 
-    return f"\n{' ' * indent}".join(textwrap.wrap(", ".join(words), 110 - indent))
+    return f"\n{' ' * indent}".join(textwrap.wrap(", ".join(words), 110 - indent, break_on_hyphens=False))
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
