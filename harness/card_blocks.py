@@ -14,18 +14,21 @@ from harness.compare import dominators
 from harness.errors import UserError
 from harness.formats import markdown
 from harness.frames import measured_cases
+from harness.ggml_types import GGML_TYPES, UNQUANTIZED
+from harness.mixture import Mixture, type_changes
+from harness.plan import role_and_layer
 from harness.recipes import entry
 from harness.record import Record
 from harness.report import Results
 from harness.summary import key_improvements, tradeoffs
 from harness.tables import Table, card_table, file_table, plus_minus, recommendation, size
 
-# The formats of the summary table that cards of GGUF files have: file type -> what llama-quantize makes of the name.
+# The formats of the summary table that cards of GGUF files have -> quants that are such files.
 CARD_FORMATS = {
     "bf16": ("bf16",),
     "f16": ("f16",),
-    "q4_k": ("q4_k_m", "q4_k_s"),
-    "q6_k": ("q6_k",),
+    "q4_k": ("q4_k", "q4_k_m", "q4_k_s"),
+    "q6_k": ("q6_k", "q6_k_m"),
     "q8_0": ("q8_0",),
     "iq3_xs": ("iq3_xs",),
     "q4_0": ("q4_0",),
@@ -40,6 +43,7 @@ _HARDWARE = (
     (r"f32", "Any; twice the memory traffic of the 16-bit formats"),
     (r"q4_0|iq4_nl", "Any; on CPUs llama.cpp can rearrange it at load time for the vector units of Arm and AVX2"),
     (r"iq\d.*", "CPU or GPU; weights go through a lookup table, which costs CPUs more time than K types do"),
+    (r"tq\d_0", "CPU or Vulkan, no CUDA; made for models that were trained with ternary weights"),
     (r"q\d_k.*", "CPU or GPU, all the usual back ends of llama.cpp"),
     (r"q\d_[01]", "CPU or GPU, all the usual back ends; simple blocks of 32 weights"),
 )
@@ -51,7 +55,8 @@ _NOT_FOR_READERS = frozenset({"dominated", "not_timed", "rules_for_other_models"
 @dataclass(frozen=True)
 class Offer:
     """What a card is about: the results of the files to offer, the name in front of theirs, and the names of the
-    shipped options of conf/ by group (model, prompts, calibration, policy), for the commands."""
+    shipped options of conf/ by group (model, prompts, calibration, policy, and of quant the presets), for the commands.
+    """
 
     results: Results
     name: str
@@ -142,12 +147,14 @@ def formats_block(offer: Offer) -> str:
     timed = any(row["prompt_tokens_per_s"] is not None for row in runs)
     reference = offer.results.measured[0].data["reference"]
     for row in runs:
+        row["format"] = row["quant"]
         if row["mode"] == "reference":
-            row["file_type"] = reference["file_type"]
+            row["format"] = row["file_type"] = reference["file_type"]
+            row["mixture"] = (reference["file_type"] or "unknown").upper()
     rest = sorted(runs, key=lambda row: (row["mode"] != "reference", -row["file_bytes"]))
     lines: list[tuple[str, ...]] = []
     for name, types in CARD_FORMATS.items():
-        same = [row for row in rest if row["file_type"] in types and row["mode"] in ("standard", "reference")]
+        same = [row for row in rest if row["format"] in types and row["mode"] in ("standard", "reference")]
         rest = [row for row in rest if row not in same]
         lines += [_format_row(row, offer, timed, name) for row in same]
         if not same:
@@ -357,6 +364,12 @@ def _types_text(record: Record) -> str:
     embedding, output = ((variant[name] or "none").upper() for name in ("embedding_type", "output_type"))
     tied = not any(name.startswith("output.") for name in tensors)
     parts = [f"embeddings and output (one tensor) {embedding}" if tied else f"embeddings {embedding}, output {output}"]
+    mixture = Mixture.from_json(record.data["mixture"]) if record.data.get("mixture") else None
+    if mixture and mixture.is_preset:
+        standard = {name: kind for name, one in tensors.items() if (kind := one["standard"]) in GGML_TYPES}
+        changes = [(role_and_layer(n)[0], kind, standard[n]) for n, kind in mixture.plain if n in standard]
+        unlike = f"; unlike llama.cpp's {mixture.plain_file_type.upper()}: {type_changes(changes)}" if changes else ""
+        parts.insert(0, f"{mixture.words}{unlike}")
     roles: dict[str, Counter[str]] = {}
     for name, tensor in tensors.items():
         found = re.fullmatch(r"blk\.\d+\.(.+?)(?:\.weight)?", name)
@@ -378,8 +391,11 @@ def _types_text(record: Record) -> str:
 
 def _format_row(row: Mapping[Any, Any], offer: Offer, timed: bool, card_format: str = "") -> tuple[str, ...]:
     is_reference = row["mode"] == "reference"
-    kind = (row["file_type"] or "unknown").upper()
-    label = f"{card_format.upper()} ({kind})" if card_format and card_format.upper() != kind else kind
+    name = (row["format"] or "unknown").upper()
+    made = [] if row["mixture"] == name else [row["mixture"].removeprefix(f"{name}, ")]
+    if card_format and card_format.upper() != name:
+        name, made = card_format.upper(), [name, *made]
+    label = f"{name} ({', '.join(made)})" if made else name
     if row["mode"] not in ("standard", "reference"):
         policy = row["policy"] if row["policy"] not in (None, "dynamicgate") else None
         label += f" DynamicGate{f' ({policy})' if policy else ''}"
@@ -394,11 +410,16 @@ def _format_row(row: Mapping[Any, Any], offer: Offer, timed: bool, card_format: 
     if is_reference:
         derived = offer.results.measured[0].data["reference"].get("derived_from")
         advice = "the reference, to quantize again" if not derived else f"the reference, made from {derived.upper()}"
-    return label, precision, size(row["file_bytes"]), *speed, _hardware(kind.lower()), advice
+    return label, precision, size(row["file_bytes"]), *speed, _hardware(row["file_type"], row["output_type"]), advice
 
 
-def _hardware(file_type: str) -> str:
-    return next((text for pattern, text in _HARDWARE if re.fullmatch(pattern, file_type)), "CPU or GPU")
+def _hardware(file_type: str | None, output_type: str | None = None) -> str:
+    """What runs the layers well, and the output where that was kept at 16 bits."""
+    kinds = [file_type or "", *([output_type] if output_type in UNQUANTIZED and file_type not in UNQUANTIZED else [])]
+    texts = [
+        next((text for pattern, text in _HARDWARE if re.fullmatch(pattern, kind or "")), "CPU or GPU") for kind in kinds
+    ]
+    return "; for the output: ".join(texts)
 
 
 def _calibration(results: Results) -> dict[str, Any] | None:
@@ -423,11 +444,13 @@ def _commands(offer: Offer) -> str:
     ]
     groups: dict[tuple[str, str | None], list[str]] = {}
     for record in offer.variants:
-        quant, mode, policy = record.label
-        groups.setdefault((mode, policy), []).append(file_name(quant))
+        _, mode, policy = record.label
+        groups.setdefault((mode, policy), []).append(_quant_setting(record, offer))
     by_quants: dict[tuple[str, ...], list[tuple[str, str | None]]] = {}
     for group, of_group in groups.items():
-        by_quants.setdefault(tuple(of_group), []).append(group)
+        listed = tuple(one for one in of_group if " " not in one)
+        for quants in ([listed] if listed else []) + [(one,) for one in of_group if " " in one]:
+            by_quants.setdefault(quants, []).append(group)
     lines = []
     for quants, modes in by_quants.items():
         plain = [mode for mode, policy in modes if policy in (None, "dynamicgate")]
@@ -447,6 +470,21 @@ def _commands(offer: Offer) -> str:
             f"--chunks {prompts['n_windows']}",
         ]
     return "\n".join(lines)
+
+
+def _quant_setting(record: Record, offer: Offer) -> str:
+    """What to write after quant= for this record's mixture: its name, and more where that means something else."""
+    data = record.data.get("mixture")
+    name, file_type = file_name(record.data["quant"]), file_name(record.data["file_type"] or "")
+    mixture = Mixture.from_json(data) if data else Mixture(file_type, plain_file_type=file_type)
+    is_plain_name = name == file_type and not mixture.is_preset
+    shipped = name in offer.shipped.get("quant", ())
+    if is_plain_name != shipped:
+        return name
+    settings = [f"quant.name={name}", f"quant.file_type={mixture.file_type}"]
+    settings += [f"quant.embedding_type={mixture.embedding_type or 'null'}"]
+    settings += [f"quant.output_type={mixture.output_type or 'null'}", f"quant.pure={str(mixture.pure).lower()}"]
+    return " ".join([mixture.file_type, *settings])
 
 
 def _calibration_windows(calibration: Mapping[str, Any] | None) -> list[str]:

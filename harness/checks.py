@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from harness.compare import Measured
-from harness.ggml_types import GGML_TYPES
+from harness.ggml_types import UNQUANTIZED
+from harness.mixture import plain_overrides, type_changes
 from harness.passes import SpeedPass
 from harness.plan import Plan
 from harness.record import COMPARABLE, first_difference
@@ -46,6 +47,17 @@ def plan_findings(plan: Plan) -> list[Finding]:
                 f"this llama.cpp does not know {_count(plan.unknown)} of the model ({plan.unknown[0]} ...)",
                 "no rule applies to them, they keep llama.cpp's type; and llama.cpp refuses to load such a model",
                 "convert the model again with the converter of this llama.cpp",
+            )
+        )
+    mixture = plan.mixture
+    if mixture and mixture.plain and plan.quant == mixture.plain_file_type:
+        findings.append(
+            Finding(
+                "preset",
+                f"quant={plan.quant} is a preset, {mixture.words}; unlike llama.cpp's {plan.quant.upper()}: "
+                + plain_summary(plan),
+                "figures of others under this name may be of the plain type",
+                f"for the plain type: {plain_overrides(mixture)}",
             )
         )
     if plan.policy and all(t.type == t.standard_type for t in plan.tensors):
@@ -268,7 +280,8 @@ def case_findings(
                     "look at the KL divergence, and measure more and other text",
                 )
             )
-        if case.kld is not None and float(case.kld.mean()) < NEARLY_NOTHING_NATS:
+        quantized = case.quant not in UNQUANTIZED  # f16 of an F16 reference is meant to be the same
+        if quantized and case.kld is not None and float(case.kld.mean()) < NEARLY_NOTHING_NATS:
             found[case.name].append(
                 Finding(
                     "nothing_quantized",
@@ -433,12 +446,10 @@ def unreadable_findings(problems: Sequence[str]) -> list[Finding]:
 
 def lowered_summary(plan: Plan) -> str:
     """'token_embd Q8_0 -> Q5_1; ffn_down (15) IQ2_XS -> IQ2_XXS'."""
-    groups: dict[tuple[str, str, str], int] = {}
-    for tensor in plan.lowered:
-        group = (tensor.role, tensor.standard_type.upper(), tensor.type.upper())
-        groups[group] = groups.get(group, 0) + 1
-    order = sorted(groups, key=lambda g: GGML_TYPES[g[2].lower()].bpw - GGML_TYPES[g[1].lower()].bpw)
-    return "; ".join(
-        f"{role}{f' ({groups[role, old, new]})' if groups[role, old, new] > 1 else ''} {old} -> {new}"
-        for role, old, new in order
-    )
+    return type_changes((tensor.role, tensor.standard_type, tensor.type) for tensor in plan.lowered)
+
+
+def plain_summary(plan: Plan) -> str:
+    """The same for the standard file against one of llama.cpp's plain file type."""
+    plain = dict(plan.mixture.plain) if plan.mixture else {}
+    return type_changes((t.role, plain[t.name], t.standard_type) for t in plan.tensors if t.name in plain)

@@ -27,11 +27,12 @@ verbs
   doctor   show versions, CPU features, memory, disk, cache, and whether the default inputs can be had
 
 overrides that matter (any value may be a list a,b,c; `python -m harness sweep --help` shows all groups)
-  quant=iq1_m,iq2_s            file types of llama.cpp, lower case
+  quant=iq1_m,iq2_s            file types of llama.cpp, lower case, and presets (bf16-q8_0, q4_k_l, ...)
   mode=standard,dynamicgate    both are the default of a sweep; placebo: the policy's types on other tensors
   model=smollm2_135m           or model.path=FILE.gguf, or model.hub.repo_id=... model.hub.filename=...
   prompts=wiki_sample          or prompts.path=FILE; prompts.n_windows=16 for smaller errors
   +experiment=ladder_ultra_low the standard ladder around 1 and 2 bits and DynamicGate on it, instead of quant=
+  +experiment=card_files       the named files of published cards, which `card` then lists
   +experiment=attribution      what each rule of the policy saves, for the bytes it costs; with quant=...
   calibration=c4_sample        text of the imatrix; or calibration.path=FILE, calibration=none
   policy=dynamicgate           what the mode dynamicgate applies; or policy.file=RULES.yaml, or policy=recipe
@@ -222,7 +223,7 @@ def _sweep(overrides: list[str]) -> int:
 
 def _configs_of_sweep(overrides: list[str]) -> list["Config"]:
     """All cases that a sweep's overrides ask for; an experiment brings its own lists of quants and modes."""
-    if any(one.lstrip("+").startswith("experiment=") for one in overrides):
+    if _has_experiment(overrides):
         lines = compose(_with_quant(overrides))[0].sweep
         if not any(_has_quant(line.split()) for line in lines):
             _require_quant(overrides, "this experiment")
@@ -242,8 +243,11 @@ def _plan(arguments: list[str]) -> int:
     if len(given) > 1:
         raise _user_error(f"plan prints one thing: give one of {', '.join(given)}")
     overrides = [argument for argument in arguments if argument not in forms]
-    _require_quant(overrides, "plan")
-    configs = compose(overrides)
+    if _has_experiment(overrides):
+        configs = _configs_of_sweep(overrides)
+    else:
+        _require_quant(overrides, "plan")
+        configs = compose(overrides)
     as_recipe = given in (["--recipe"], ["--tensor-type-file"])
     if as_recipe and (len(configs) != 1 or configs[0].quant.file_type is None):
         raise _user_error(
@@ -365,6 +369,7 @@ def _card(arguments: list[str]) -> int:
     results = load_results(folders, allow_different=given["allow_different"])
     settings = Settings(**{name: given[name][0] for name in single if given[name]})
     shipped = {group: _options(group) for group in ("model", "prompts", "calibration", "policy")}
+    shipped["quant"] = _presets()
     if flags == ["--new"]:
         write_card(path, new_card(results, settings, shipped))
         print(f"{path}: written")
@@ -431,7 +436,7 @@ def _register_schema() -> None:
 
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for name in FILE_TYPES:
+    for name in set(FILE_TYPES) - set(_presets()):  # a preset of that name takes its place
         store.store(group="quant", name=name, node={"name": name, "file_type": name})
 
 
@@ -442,11 +447,19 @@ def _conf_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
+def _presets() -> list[str]:
+    return sorted(path.stem for path in (_conf_dir() / "quant").glob("*.yaml"))
+
+
 def _options(group: str) -> list[str]:
     from harness.ggml_types import FILE_TYPES
 
     names = {path.stem for path in (_conf_dir() / group).glob("*.yaml")}
     return sorted(names | set(FILE_TYPES) if group == "quant" else names)
+
+
+def _has_experiment(overrides: list[str]) -> bool:
+    return any(one.lstrip("+").startswith("experiment=") for one in overrides)
 
 
 def _has_quant(overrides: list[str]) -> bool:
@@ -517,7 +530,7 @@ def _verb_help(verb: str) -> str:
 def _wrapped(words: list[str], indent: int = 15) -> str:
     import textwrap
 
-    return f"\n{' ' * indent}".join(textwrap.wrap(", ".join(words), 110 - indent))
+    return f"\n{' ' * indent}".join(textwrap.wrap(", ".join(words), 110 - indent, break_on_hyphens=False))
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:

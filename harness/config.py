@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness.errors import UserError, nearest
-from harness.ggml_types import FILE_TYPES, IMATRIX_MIN_ROWS
+from harness.ggml_types import ABORTS_WITHOUT_IMATRIX, FILE_TYPES, IMATRIX_MIN_ROWS, UNQUANTIZED, WEIGHT_TYPES
 from harness.record import MAY_DIFFER
 
 
@@ -73,10 +73,14 @@ class CalibrationConfig(TextConfig):
 
 @dataclass
 class QuantConfig:
-    """One point of the ladder. `file_type` null means the reference itself."""
+    """One point of the ladder. `file_type` null: the reference itself. The rest makes it a preset."""
 
     name: str = "reference"
     file_type: str | None = None
+    embedding_type: str | None = None  # tensor types, as llama-quantize's --token-embedding-type
+    output_type: str | None = None  # ... and --output-tensor-type
+    pure: bool = False  # --pure: one type for all tensors that nothing else names
+    description: str = ""
 
 
 @dataclass
@@ -159,6 +163,7 @@ def check(config: Config) -> None:
         near = nearest(config.quant.file_type, FILE_TYPES)
         raise UserError(f"quant.file_type={config.quant.file_type} is no file type of llama.cpp.{near}")
     _check_policy(config.policy)
+    _check_asked_types(config.quant)
     _check_numbers(config)
     for name, text in (("prompts", config.prompts), ("calibration", config.calibration)):
         if text.format not in (None, "text", "json", "parquet"):
@@ -183,6 +188,20 @@ def _check_policy(policy: PolicyConfig) -> None:
         raise UserError(f"policy.kind={policy.kind} is no kind of policy.{nearest(policy.kind, kinds)}")
     if policy.kind != "rules" and not policy.file:
         raise UserError(f"policy={policy.kind} needs a file: add policy.file={kinds[policy.kind]}")
+
+
+def _check_asked_types(quant: QuantConfig) -> None:
+    """Raises UserError on embedding and output types that llama.cpp could not give."""
+    for name, wanted in (("embedding_type", quant.embedding_type), ("output_type", quant.output_type)):
+        if wanted is None:
+            continue
+        if wanted not in WEIGHT_TYPES:
+            raise UserError(f"quant.{name}={wanted} is no tensor type.{nearest(wanted, WEIGHT_TYPES)}")
+        if wanted in ABORTS_WITHOUT_IMATRIX:
+            raise UserError(f"quant.{name}={wanted}: ggml needs imatrix data for it, and there is none for that tensor")
+        if quant.file_type is None or (quant.file_type in UNQUANTIZED and wanted != quant.file_type):
+            kind = quant.file_type or "reference"
+            raise UserError(f"quant.{name}={wanted}: the tensors of quant.file_type={kind} keep one type; set it null")
 
 
 def _check_numbers(config: Config) -> None:

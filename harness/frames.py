@@ -10,6 +10,7 @@ import pandas as pd
 
 from harness import metrics
 from harness.compare import Measured, Verdict, difference, dominators, equal_size_verdict, pareto_front
+from harness.mixture import Mixture
 from harness.pass_frames import speed_columns
 from harness.passes import Timing
 from harness.provenance import MAX_BYTES
@@ -119,6 +120,9 @@ def _run_row(record: Record, reference: dict[str, np.ndarray] | None) -> dict[st
     for name in ("n_params", "file_bytes", "bpw", "n_fallback", "fallback_share", "n_quantizable", "n_lowered"):
         row[name] = data["variant"][name]
     row |= {name: data["variant"][name] for name in ("embedding_type", "output_type")}
+    recorded = data.get("mixture")
+    row["pure"] = recorded["pure"] if recorded else None
+    row["mixture"] = Mixture.from_json(recorded).words if recorded else (data["file_type"] or "").upper() or None
     row |= _quality_columns(record.per_token() if record.ok else None, reference)
     pass_s, prompt_set = field(data, "timings.pass_s"), data["prompt_set"]
     row["pass_s"] = pass_s

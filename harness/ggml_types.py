@@ -60,6 +60,7 @@ GGML_TYPES: dict[str, GgmlType] = {
     "q2_0": GgmlType(42, 64, 18),
 }
 
+WEIGHT_TYPES = tuple(name for name in GGML_TYPES if name not in ("i8", "i16", "i32", "i64", "f64"))
 UNQUANTIZED = frozenset({"f32", "f16", "bf16"})
 
 # Every file type that llama_model_quantize accepts: lower-case name -> llama_ftype.
@@ -123,6 +124,8 @@ SHAPE_FALLBACK: dict[str, str] = {
 
 # Types that llama.cpp refuses to write without imatrix data for the tensor (tensor_requires_imatrix).
 NEEDS_IMATRIX = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs"})
+# Types that ggml itself cannot make without, whatever the tensor (ggml_quantize_requires_imatrix).
+ABORTS_WITHOUT_IMATRIX = frozenset({"iq1_s", "iq2_xxs", "iq2_xs"})
 
 
 def fit_type(wanted: str, width: int) -> str:

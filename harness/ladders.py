@@ -5,10 +5,9 @@ from reprlib import repr as shown
 from typing import Any, NamedTuple
 
 from harness.errors import UserError, nearest
-from harness.ggml_types import FILE_TYPES, GGML_TYPES
+from harness.ggml_types import FILE_TYPES, WEIGHT_TYPES
 
 _KEYS = ("types", "base")
-_WEIGHT_TYPES = tuple(name for name in GGML_TYPES if name not in ("i8", "i16", "i32", "i64", "f64"))
 _MAX_STEPS = 99
 
 Ladders = Mapping[str, tuple[str, ...]]  # file type -> its base type and the types above it, step by step
@@ -89,8 +88,8 @@ def parse_ends(raw: Any, where: str) -> Ends:
 
 def require_weight_type(name: str, where: str) -> None:
     """Raise UserError unless weights can have this tensor type."""
-    if name not in _WEIGHT_TYPES:
-        raise UserError(f"{where}: {shown(name)} is no tensor type.{nearest(name, _WEIGHT_TYPES)}")
+    if name not in WEIGHT_TYPES:
+        raise UserError(f"{where}: {shown(name)} is no tensor type.{nearest(name, WEIGHT_TYPES)}")
 
 
 def require_file_type(name: Any, where: str) -> None:

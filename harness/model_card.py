@@ -396,7 +396,7 @@ _INTRODUCTION = (
     "reference, and size, all on the same text."
 )
 _HEADINGS = {
-    "files": "Files",
+    "files": "Included Files",
     "formats": "Which Format to Take",
     "comparison": "Standard and DynamicGate Compared",
     "method": "How It Was Measured",

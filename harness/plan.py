@@ -14,6 +14,7 @@ from harness.errors import UserError
 from harness.ggml_types import GGML_TYPES, GGUF_ALIGNMENT, fit_type, requires_imatrix, tensor_bytes
 from harness.header import TensorInfo
 from harness.idle_rules import Idle, find_idle
+from harness.mixture import Mixture
 from harness.policy import Rule, Subject, choose, names_tensor
 from harness.recipes import exact_pattern
 from harness.store import key_of
@@ -79,6 +80,7 @@ class Plan:
     idle: Idle = field(default_factory=Idle)  # rules of the policy that decide nothing
     metadata: tuple[tuple[str, str | int], ...] = ()  # what the file says of its origin, see harness.provenance
     unknown: tuple[str, ...] = ()  # tensors that llama.cpp does not know: no rule applies to them
+    mixture: Mixture | None = None  # what the standard file is; None for the reference
 
     @cached_property
     def quantizable(self) -> tuple[TensorPlan, ...]:
@@ -159,11 +161,12 @@ def make_plan(
     rules: Sequence[Rule],
     metadata: Mapping[str, Any],
     unknown: Collection[str] = (),
+    mixture: Mixture | None = None,
 ) -> Plan:
     """The plan of one variant.
 
-    standard_final: llama.cpp's own type for every tensor it is willing to quantize; standard_asked: what it wanted
-    for those that fell back. `unknown`: tensors that keep llama.cpp's type whatever the rules say.
+    standard_final: the mixture's type for every tensor that llama.cpp is willing to quantize; standard_asked: what was
+    wanted for those that fell back. `unknown`: tensors that keep llama.cpp's type whatever the rules say.
     Raises UserError when a rule asks for a type that the tensor's width cannot take.
     """
     gqa, n_experts = gqa_factor(metadata), expert_count(metadata)
@@ -210,7 +213,7 @@ def make_plan(
         if t.type != r.type and exact_pattern(t.name) in r.tensors
     )
     idle = replace(idle, rules=idle.rules + ignored)
-    return Plan(quant, mode, policy, file_type, header_bytes, planned, idle, unknown=tuple(unknown))
+    return Plan(quant, mode, policy, file_type, header_bytes, planned, idle, unknown=tuple(unknown), mixture=mixture)
 
 
 def placebo_plan(plan: Plan, seed: int | None) -> Plan:

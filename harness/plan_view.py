@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from harness import checks, cost
+from harness.mixture import Mixture, plain_overrides
 from harness.plan import STANDARD_RULE, Plan, TensorPlan
 from harness.sweep import Sweep
 
@@ -18,10 +19,11 @@ def plan_text(plan: Plan, estimate_s: float) -> str:
         f"  file: {plan.file_bytes:,} bytes ({plan.file_bytes / (1 << 20):.1f} MiB), {plan.bpw:.4f} bits per weight, "
         f"{len(plan.quantizable)} of {len(plan.tensors)} tensors quantized",
         f"  time: about {cost.minutes(estimate_s)} to quantize and score",
+        *_preset_lines(plan),
         "",
     ]
     rows: list[tuple[str, ...]] = [("tensor", "layers", "shape", "type", "MiB", "rule", "")]
-    rows += [_group_row(group) for group in _groups(plan)]
+    rows += [_group_row(group, plan.mixture) for group in _groups(plan)]
     kept = [t for t in plan.tensors if not t.quantizable]
     if kept:
         types = ", ".join(sorted({t.type for t in kept}))
@@ -33,7 +35,7 @@ def plan_text(plan: Plan, estimate_s: float) -> str:
             cell.rjust(w) if i == 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=False))
         ]
         lines.append(("  " + "  ".join(cells) + "  " + row[-1]).rstrip())
-    for finding in checks.plan_findings(plan):
+    for finding in (one for one in checks.plan_findings(plan) if one.kind != "preset"):  # said above
         lines += ["", f"  ! {finding.what}."]
     return "\n".join(lines)
 
@@ -45,6 +47,7 @@ def plan_json(plan: Plan, estimate_s: float) -> dict[str, Any]:
         "mode": plan.mode,
         "policy": plan.policy,
         "file_type": plan.file_type,
+        "mixture": plan.mixture.to_json() if plan.mixture else None,
         "file_bytes": plan.file_bytes,
         "bpw": plan.bpw,
         "n_params": plan.n_weights,
@@ -111,7 +114,21 @@ def _groups(plan: Plan) -> list[list[TensorPlan]]:
     return list(ordered)
 
 
-def _group_row(group: list[TensorPlan]) -> tuple[str, ...]:
+def _preset_lines(plan: Plan) -> list[str]:
+    """What a preset asks for; how its standard file differs from llama.cpp's plain one, and how to have that."""
+    mixture = plan.mixture
+    if mixture is None or not (mixture.is_preset or plan.quant != mixture.plain_file_type):
+        return []
+    source = f" ({mixture.description})" if mixture.description and mixture.is_preset else ""
+    lines = [f"  preset: {mixture.words}{source}"]
+    plain = f"llama.cpp's {mixture.plain_file_type.upper()}"
+    lines.append(f"  unlike {plain}: {checks.plain_summary(plan)}" if mixture.plain else f"  same types as {plain}")
+    if mixture.plain and plan.quant == mixture.plain_file_type:
+        lines[-1] += f"; for that one: {plain_overrides(mixture)}"
+    return lines
+
+
+def _group_row(group: list[TensorPlan], mixture: Mixture | None) -> tuple[str, ...]:
     first = group[0]
     notes = []
     if first.fell_back:
@@ -122,7 +139,8 @@ def _group_row(group: list[TensorPlan]) -> tuple[str, ...]:
         notes.append(f"raised from {first.standard_type}")
     elif first.type != first.standard_type:
         notes.append(f"instead of {first.standard_type}")
-    rule = "llama.cpp" if first.rule == STANDARD_RULE else first.rule
+    standard = "preset" if mixture and mixture.asks_for(first.name) else "llama.cpp"
+    rule = standard if first.rule == STANDARD_RULE else first.rule
     lines = sorted({int(match[1]) for t in group if (match := _RECIPE_LINE.match(t.rule))})
     if len(lines) > 1:
         rule = f"lines {lines[0]} to {lines[-1]}"

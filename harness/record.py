@@ -17,6 +17,7 @@ import numpy as np
 
 from harness import __version__
 from harness.errors import UserError, nearest
+from harness.ggml_types import FILE_TYPES, GGML_TYPES
 from harness.store import sha256_file, write_json, write_npz
 
 SCHEMA_VERSION = 1
@@ -97,6 +98,8 @@ class Record:
             self.data["environment"]
         ):
             return "environment is incomplete"
+        if not _is_mixture(self.data.get("mixture")):
+            return "mixture is none that a quant can have"
         findings = self.data.get("findings")
         parts = {"kind", "what", "why", "todo"}
         if not isinstance(findings, list) or not all(isinstance(one, dict) and parts <= set(one) for one in findings):
@@ -122,6 +125,22 @@ class Record:
         if nll.ndim != 2 or not nll.size or not np.isfinite(nll).all() or nll.mean() > _LARGEST_NLL:
             raise UserError(f"{path} holds no per-token values: run the sweep again, it will measure this case anew")
         return values
+
+
+def _is_mixture(value: Any) -> bool:
+    """What `Mixture.to_json` writes, or None: the reference has none, nor had records before there were presets."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not isinstance(value.get("plain"), dict):
+        return False
+    asked = [value.get(name, "") for name in ("embedding_type", "output_type")]
+    types = [*value["plain"].values(), *(one for one in asked if one is not None)]
+    file_types = [value.get("file_type"), value.get("plain_file_type")]
+    return (
+        isinstance(value.get("pure"), bool)
+        and all(isinstance(one, str) and one in FILE_TYPES for one in file_types)
+        and all(isinstance(one, str) and one in GGML_TYPES for one in types)
+    )
 
 
 def mode_label(mode: str, policy: str | None) -> str:

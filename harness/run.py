@@ -97,6 +97,7 @@ def _record(sweep: Sweep, case: Case, begun: dict[str, Any], covered: Coverage) 
         "mode": plan.mode,
         "policy": plan.policy,
         "file_type": plan.file_type,
+        "mixture": plan.mixture.to_json() if plan.mixture else None,
         "created_utc": utc_now(),
         "reference": sweep.reference.describe(),
         "prompt_set": {

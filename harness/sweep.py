@@ -17,6 +17,7 @@ from harness.imatrix import load_imatrix
 from harness.isolate import run_in_child
 from harness.like import with_copied_types
 from harness.measure import default_first_scored, probability_bytes, probability_path
+from harness.mixture import plain_file_type, standard_mixture
 from harness.passes import SPEED_UBATCH_TOKENS, looked_at, read_layers, read_speed
 from harness.plan import STANDARD_RULE, Plan, make_plan, placebo_plan
 from harness.policy import Rule, load_policy
@@ -333,27 +334,19 @@ def _plans(
     cache: Cache,
 ) -> list[Plan]:
     """A plan for each configuration that quantizes."""
-    file_types = sorted({one.quant.file_type for one in configs if one.quant.file_type})
-    has_imatrix = calibration is not None
-
-    def dry_runs() -> dict[str, Any]:
-        return run_in_child(
-            _standard_types,
-            reference.path,
-            file_types,
-            has_imatrix=has_imatrix,
-            log_path=cache.path("logs", "dry-run", ".log"),
-        )
-
-    standard = {}
-    if file_types:
-        key = key_of(reference.id, file_types, has_imatrix, engine_version)
-        standard = cache.json("mixtures", key, dry_runs)
+    plain, pure = (
+        _dry_runs(configs, reference, engine_version, cache, has_imatrix=calibration is not None, pure=pure)
+        for pure in (False, True)
+    )
     plans: list[Plan] = []
     for one, (policy_name, rules) in zip(configs, policies, strict=True):
         file_type = one.quant.file_type
         if file_type is None:
             continue
+        run = pure[file_type] if one.quant.pure else plain[file_type]
+        mixture, final, asked = standard_mixture(
+            one.quant, run, plain[plain_file_type(one.quant)], reference.info.tensors
+        )
         plan = make_plan(
             quant=one.quant.name,
             mode=one.mode.name,
@@ -361,11 +354,12 @@ def _plans(
             file_type=file_type,
             tensors=reference.info.tensors,
             header_bytes=reference.info.quantized_header_bytes,
-            standard_final=standard[file_type]["final"],
-            standard_asked=standard[file_type]["asked"],
+            standard_final=final,
+            standard_asked=asked,
             rules=rules if one.mode.apply_policy else (),
             metadata=reference.info.metadata,
             unknown=reference.info.unknown_tensors,
+            mixture=mixture,
         )
         if one.mode.placebo:
             plan = placebo_plan(plan, one.mode.placebo_seed)
@@ -393,6 +387,37 @@ def _plans(
         weights = load_imatrix(calibration.file, cache.path("logs", "imatrix-check", ".log")).weights
         require_coverage(weights, plans, calibration.file)
     return plans
+
+
+def _dry_runs(
+    configs: Sequence[Config],
+    reference: Reference,
+    engine_version: str,
+    cache: Cache,
+    *,
+    has_imatrix: bool,
+    pure: bool,
+) -> dict[str, Any]:
+    """What llama.cpp would make of each file type that plans need, by file type; `pure`: of the pure quants alone."""
+    quants = [one.quant for one in configs if one.quant.file_type and (one.quant.pure or not pure)]
+    file_types = {quant.file_type for quant in quants} | {plain_file_type(quant) for quant in quants if not pure}
+    if not file_types:
+        return {}
+    names = sorted(name for name in file_types if name)
+
+    def make() -> dict[str, Any]:
+        return run_in_child(
+            _standard_types,
+            reference.path,
+            names,
+            has_imatrix=has_imatrix,
+            pure=pure,
+            log_path=cache.path("logs", "dry-run", ".log"),
+        )
+
+    key = key_of(reference.id, names, has_imatrix, engine_version, *(["pure"] if pure else []))
+    found: dict[str, Any] = cache.json("mixtures", key, make)
+    return found
 
 
 def _require_same_settings(sweep: Sweep) -> None:
@@ -478,7 +503,8 @@ def _short(value: Any) -> str:
     return f"{value[:12]}..." if isinstance(value, str) and len(value) > 16 else str(value)
 
 
-def _standard_types(source: Path, file_types: list[str], *, has_imatrix: bool) -> dict[str, Any]:
+def _standard_types(source: Path, file_types: list[str], *, has_imatrix: bool, pure: bool) -> dict[str, Any]:
     from harness.engine.quantize import standard_types
 
-    return {name: asdict(run) for name, run in standard_types(source, file_types, has_imatrix=has_imatrix).items()}
+    runs = standard_types(source, file_types, has_imatrix=has_imatrix, pure=pure)
+    return {name: asdict(run) for name, run in runs.items()}

@@ -112,7 +112,7 @@ def file_table(runs: pd.DataFrame) -> Table:
         rows.append(
             (
                 f"{row['name']}.gguf",
-                (row["file_type"] or "").upper(),
+                row["mixture"] or _ABSENT,
                 size(row["file_bytes"]),
                 f"{row['bpw']:.2f}",
                 plus_minus(row["ppl"], row["ppl_se"]),

@@ -100,6 +100,7 @@ def test_errors_of_delta_p_and_of_the_ppl_difference_by_simulation() -> None:
 
 def run_row(**changes: object) -> dict[str, object]:
     row: dict[str, object] = {"name": "iq1_m-standard", "mode": "standard", "status": "ok", "file_type": "iq1_m"}
+    row["mixture"] = "IQ1_M"
     row |= {"file_bytes": 5 * GIB, "bpw": 2.0, "ppl": 8.0, "ppl_se": 0.1, "delta_ppl": 1.0, "delta_ppl_se": 0.01}
     row |= {"kld_mean": 0.03, "kld_se": 0.001, "dp_mean_pct": -0.5, "dp_mean_se_pct": 0.01, "dp_rms_pct": 5.0}
     return {**row, "dp_rms_se_pct": 0.05, "dominated_by": None, **changes}

@@ -1015,8 +1015,10 @@ def test_better_than_reference() -> None:
 
 
 def test_nothing_quantized() -> None:
-    same = Measured("same", "f16", "standard", 250 * MIB, COMMON, np.full(COMMON.shape, 2e-7))
+    same = Measured("same", "q6_k", "standard", 250 * MIB, COMMON, np.full(COMMON.shape, 2e-7))
     (finding,) = findings_among([same], "same")
+    f16 = Measured("f16", "f16", "standard", 250 * MIB, COMMON, np.full(COMMON.shape, 2e-7))
+    assert found([f16], "f16") == [], "16-bit files are not quantized"
     assert (finding.kind, "2.0e-07" in finding.what) == ("nothing_quantized", True)
     real = Measured("q8_0", "q8_0", "standard", 130 * MIB, COMMON, np.full(COMMON.shape, 4e-4))
     assert found([real], "q8_0") == []

@@ -55,7 +55,9 @@ def dry_run(source: Path, file_type: str, *, has_imatrix: bool, pure: bool = Fal
     return DryRun(final, asked)
 
 
-def standard_types(source: Path, file_types: Sequence[str], *, has_imatrix: bool) -> dict[str, DryRun]:
+def standard_types(
+    source: Path, file_types: Sequence[str], *, has_imatrix: bool, pure: bool = False
+) -> dict[str, DryRun]:
     """`dry_run` for each file type, reduced to the tensors that llama.cpp is willing to quantize.
 
     Those are the tensors that two pure runs would bring to their type (or to its fallback): a tensor that is left
@@ -68,7 +70,7 @@ def standard_types(source: Path, file_types: Sequence[str], *, has_imatrix: bool
             for probe, run in probes.items()
         )
     )
-    runs = {name: dry_run(source, name, has_imatrix=has_imatrix) for name in file_types}
+    runs = {name: dry_run(source, name, has_imatrix=has_imatrix, pure=pure) for name in file_types}
     return {
         name: DryRun({t: final for t, final in run.final.items() if t in quantizable}, run.asked)
         for name, run in runs.items()
