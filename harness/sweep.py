@@ -20,7 +20,8 @@ from harness.measure import default_first_scored, probability_bytes, probability
 from harness.mixture import plain_file_type, standard_mixture
 from harness.passes import SPEED_UBATCH_TOKENS, looked_at, read_layers, read_speed
 from harness.plan import STANDARD_RULE, Plan, make_plan, placebo_plan
-from harness.policy import Rule, load_policy
+from harness.policy import Rule
+from harness.policy_file import load_policy
 from harness.prompts import Windows, load_windows
 from harness.provenance import with_provenance
 from harness.record import first_difference, is_done, mode_label, physical_cores, read_records, record_path

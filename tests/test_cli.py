@@ -16,7 +16,7 @@ from harness.cli import GROUPS, _configs_of_sweep, compose, main
 from harness.config import Config, TextConfig, check, results_name
 from harness.errors import UserError
 from harness.ggml_types import FILE_TYPES
-from harness.policy import load_policy
+from harness.policy_file import load_policy
 from harness.record import record_path, write_record
 
 Cli = Callable[..., tuple[int, str, str]]

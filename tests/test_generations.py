@@ -11,7 +11,8 @@ import pytest
 from harness.config import PolicyConfig
 from harness.header import TensorInfo
 from harness.plan import STANDARD_RULE, Plan, make_plan
-from harness.policy import Rule, load_policy
+from harness.policy import Rule
+from harness.policy_file import load_policy
 
 POLICIES = Path(__file__).resolve().parent.parent / "conf" / "policy"
 STANDARD = "q4_0"  # llama.cpp's type in these plans: no rule gives it

@@ -13,7 +13,8 @@ from harness.config import PolicyConfig
 from harness.errors import UserError
 from harness.ggml_types import FILE_TYPES
 from harness.ladders import Bump, Ends
-from harness.policy import Rule, Subject, choose, load_policy, matching_rule, parse_rules
+from harness.policy import Rule, Subject, choose, matching_rule, parse_rules
+from harness.policy_file import load_policy
 
 POLICY = Path(__file__).resolve().parent.parent / "conf" / "policy" / "dynamicgate.yaml"
 

@@ -21,7 +21,8 @@ from harness.ggml_types import GGML_TYPES, fit_type
 from harness.header import TensorInfo
 from harness.like import copied_types, with_copied_types
 from harness.plan import Plan, make_plan
-from harness.policy import Rule, Subject, load_policy, matching_rule, parse_rules
+from harness.policy import Rule, Subject, matching_rule, parse_rules
+from harness.policy_file import load_policy
 from harness.recipes import (
     MAX_ENTRIES,
     MAX_PATTERN,
