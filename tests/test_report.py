@@ -1371,3 +1371,42 @@ def test_seconds_are_short(value: float) -> None:
     cell = seconds(value)
     assert re.fullmatch(r"\d{1,3}\.\ds|\d{3,8}s", cell)
     assert abs(float(cell[:-1]) - value) <= 0.5
+
+
+ONLY_PANDAS = """
+import sys
+from importlib.machinery import PathFinder
+
+ALLOWED = {
+    "pandas", "matplotlib", "harness",  # and what these two need
+    "numpy", "dateutil", "six", "pytz", "tzdata", "PIL", "contourpy", "cycler", "fontTools", "kiwisolver", "packaging",
+    "pyparsing", "mpl_toolkits",
+}
+find = PathFinder.find_spec
+
+def find_allowed(name, path=None, target=None):
+    top = name.partition(".")[0]
+    known = top in ALLOWED or top in sys.stdlib_module_names or top.startswith("_")
+    return find(name, path, target) if known else None
+
+PathFinder.find_spec = staticmethod(find_allowed)
+from harness.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_report_needs_no_more_than_pandas_and_matplotlib(tmp_path: Path, blocked: bool) -> None:
+    put(tmp_path, "reference", "reference", nll=COMMON, top=TOP)
+    put(tmp_path, "iq1_m", "standard", nll=COMMON + 0.5, top=TOP, kld=np.full(COMMON.shape, 0.2))
+    put(tmp_path, "iq1_m", "dynamicgate", "dynamicgate", nll=COMMON + 0.3, top=TOP, kld=np.full(COMMON.shape, 0.1))
+    script = ONLY_PANDAS if blocked else ONLY_PANDAS.replace("PathFinder.find_spec = ", "")
+    command = [sys.executable, "-c", script, "report", f"results={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    made = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"report.html", "cases.tex", "tradeoff.svg", "runs.csv"} <= made
+    assert ("runs.parquet" in made, "No Parquet files: they need the package pyarrow." in done.stdout) == (
+        not blocked,
+        blocked,
+    )
