@@ -17,7 +17,7 @@ from harness.frames import measured_cases
 from harness.ggml_types import GGML_TYPES, UNQUANTIZED
 from harness.mixture import Mixture, type_changes
 from harness.plan import role_and_layer
-from harness.recipes import entry
+from harness.recipes import short_entries
 from harness.record import Record
 from harness.report import Results
 from harness.summary import key_improvements, tradeoffs
@@ -234,8 +234,8 @@ def recipes_block(offer: Offer) -> str:
     stem, kind = file_name(reference["name"]), reference["file_type"] or "f16"
     source = f"{stem}.gguf" if stem.lower().endswith(kind) else f"{stem}-{kind}.gguf"
     parts = [
-        "Each file can be made with llama.cpp alone: one pattern a tensor, taken from the written file. The imatrix is "
-        "the one described under the method."
+        "Each file can be made with llama.cpp alone: the patterns name every tensor, taken from the written file. The "
+        "imatrix is the one described under the method."
     ]
     for record in offer.variants:
         imatrix = ["--imatrix imatrix.gguf"] if record.data.get("calibration") else []
@@ -257,20 +257,17 @@ BLOCKS: dict[str, Callable[[Offer], str]] = {
 
 
 def tensor_types(record: Record) -> list[str]:
-    """`pattern=type` of every tensor that llama.cpp quantizes, as --tensor-type takes it: anchored and escaped,
-    because patterns are searched for. Norms and biases, which stay F32, have none.
+    """`pattern=type` of all tensors that llama.cpp quantizes, as --tensor-type takes it: anchored and escaped, because
+    patterns are searched for. Norms and biases, which stay F32, have none.
 
     Raises UserError on names that a pattern or a shell would not take as they are.
     """
-    lines = []
-    for name, tensor in record.data["variant"]["tensors"].items():
-        if tensor["type"] == tensor["standard"] == "f32":
-            continue
-        try:
-            lines.append(entry(name, tensor["type"]))
-        except UserError as error:
-            raise UserError(f"{record.path}: {error}") from error
-    return lines
+    tensors = record.data["variant"]["tensors"].items()
+    types = {name: one["type"] for name, one in tensors if not one["type"] == one["standard"] == "f32"}
+    try:
+        return short_entries(types)
+    except UserError as error:
+        raise UserError(f"{record.path}: {error}") from error
 
 
 def figures(offer: Offer) -> list[dict[str, Any]]:

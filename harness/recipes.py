@@ -7,7 +7,7 @@ neither.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import groupby
 from reprlib import repr as shown
@@ -23,6 +23,7 @@ MAX_ENTRIES = 4096  # of a recipe; large mixtures of experts have about 1,200 te
 MAX_PATTERNS = 300  # of a policy, whole names not counted
 MAX_PATTERN = 512  # characters
 _MAX_MEMORY = 1 << 20  # bytes of one compiled pattern
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _PLAIN_TENSOR = re.compile(r"[a-z0-9._/-]+")
 _WHOLE_NAME = re.compile(r"\^((?:[A-Za-z0-9_/]|\\[^A-Za-z0-9])+)\$")
 
@@ -39,6 +40,24 @@ def entry(tensor_name: str, type_name: str) -> str:
             f"the tensor name {tensor_name!r} is none that a recipe can hold: llama-quantize cannot name it"
         )
     return f"{exact_pattern(tensor_name)}={type_name}"
+
+
+def short_entries(types: Mapping[str, str]) -> list[str]:
+    """The same for many tensors (name -> type), with one pattern for all layers where a role has one type, as
+    `^blk\\.(0|1|5)\\.ffn_down\\.weight$=iq3_s`. Raises UserError as `entry`."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, type_name in types.items():
+        entry(name, type_name)
+        block = _BLOCK.fullmatch(name)
+        groups.setdefault((block[2] if block else name, type_name), []).append(block[1] if block else "")
+    found = []
+    for (rest, type_name), layers in groups.items():
+        if layers == [""]:
+            found.append(entry(rest, type_name))
+        else:
+            which = layers[0] if len(layers) == 1 else f"({'|'.join(layers)})"
+            found.append(f"^blk\\.{which}\\.{re.escape(rest)}$={type_name}")
+    return found
 
 
 def recipe_text(plan: "Plan", *, comments: bool) -> str:

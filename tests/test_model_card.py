@@ -460,11 +460,15 @@ def test_recipes_match_exactly_their_tensor() -> None:
     part = text.split("<summary>tiny-q2_k-dynamicgate.gguf</summary>")[1].split("</details>")[0]
     found = re.findall(r"--tensor-type '(\^.*\$)=(\w+)' \\\n", part)
     quantized = [name for name in TENSORS if "norm" not in name]
-    assert len(found) == len(quantized)
+    assert len(found) < len(quantized) / 4, "one pattern for many layers"
     near = [*TENSORS, *(name.replace(".", "_") for name in TENSORS), *(f"x{name}" for name in TENSORS)]
     near += [f"{name}_exps" for name in TENSORS]
-    for (pattern, kind), name in zip(found, quantized, strict=True):
-        assert [one for one in near if re.search(pattern, one)] == [name]
+    for name in near:
+        kinds = [kind for pattern, kind in found if re.search(pattern, name)]
+        assert len(kinds) == (name in quantized)
+        if not kinds:
+            continue
+        (kind,) = kinds
         expected = "iq4_xs" if re.fullmatch(r"blk\.[012]\.ffn_down\.weight", name) else "q2_k"
         assert kind == ("q5_k" if name == "token_embd.weight" else expected)
     assert part.rstrip().endswith("tiny-f16.gguf tiny-q2_k-dynamicgate.gguf Q2_K\n```") and "--imatrix" in part
@@ -539,7 +543,7 @@ def test_a_real_sweep_makes_a_card(cli: Cli, tiny_overrides: list[str], tmp_path
     assert code == 0, err
     assert cli("card", "--check", str(card), f"results={tmp_path / 'results' / 'tiny'}")[0] == 0
     assert len(ModelCard.load(card).data.eval_results) == 4
-    assert card.read_text().count("--tensor-type") == 2 * 30
+    assert 2 * 8 <= card.read_text().count("--tensor-type") <= 2 * 12
     assert card_blocks.BLOCKS.keys() == {"comparison", "files", "formats", "method", "recipes"}
 
 
