@@ -489,7 +489,8 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     text = f"{error} {error.__cause__ or ''}"
     missing = re.search(r"Could not find '([\w/]+)/([^']*)'", text)
     if missing and missing[1] in GROUPS:
-        return f"{missing[1]}={missing[2]} is no option of {missing[1]}.{nearest(missing[2], _options(missing[1]))}"
+        hint = nearest(missing[2], _options(missing[1])) or " Such as iq1_m or q4_k_m; sweep --help lists all."
+        return f"{missing[1]}={missing[2]} is no option of {missing[1]}.{hint}"
     key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' not in", text)
     if key:
         return f"there is no setting {key[1]!r}.{nearest(key[1], _setting_names())}"

@@ -616,8 +616,10 @@ def test_groups_are_the_folders_of_conf_and_the_fields_of_the_schema() -> None:
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=map("=".join, OPTIONS))
-def test_every_option_composes_and_is_valid(group: str, option: str) -> None:
-    (config,) = compose([f"{group}={option}"] if group == "quant" else ["quant=iq1_m", f"{group}={option}"])
+def test_every_option_composes_and_is_valid(group: str, option: str, tmp_path: Path) -> None:
+    (tmp_path / "types.txt").write_text("^output\\.weight$=q5_k\n")
+    file = [f"policy.file={tmp_path / 'types.txt'}"] if option in ("like", "recipe") else []
+    (config,) = compose([f"{group}={option}", *file, *([] if group == "quant" else ["quant=iq1_m"])])
     check(config)
     load_policy(config.policy)
     chosen = getattr(config, group)
