@@ -36,7 +36,7 @@ overrides that matter (any value may be a list a,b,c; `python -m harness sweep -
   calibration=c4_sample        text of the imatrix; or calibration.path=FILE, calibration=none
   policy=dynamicgate           what the mode dynamicgate applies; or policy.file=RULES.yaml
   measure.speed=false          leave out the timing pass; measure.layers=true: compare every layer with the reference
-  runtime.threads=2            default: the physical cores
+  runtime.threads=2            default: the physical cores; runtime=card_cpu: 6 threads and AVX2, as published cards say
   results.dir=results          where results go; results.name=NAME for the folder in it
 
 examples
