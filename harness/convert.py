@@ -177,8 +177,7 @@ def _run(checkpoint: Checkpoint, converter: Path, out: Path, file_type: str, fol
         ).returncode
     if code != 0 or not out.is_file():
         lines = log_tail(log)
-        said = f": {lines[-1].strip()}" if lines else ""
-        raise EngineError(f"llama.cpp's converter cannot convert {checkpoint.folder}{said}; see {log}", lines)
+        raise EngineError(f"llama.cpp's converter cannot convert {checkpoint.folder}, see {log}", lines)
 
 
 def _n_weights(path: Path) -> Counter[str]:
