@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from harness.compare import dominators
+from harness.cpu import features_text
 from harness.errors import UserError
 from harness.formats import markdown
 from harness.frames import measured_cases
@@ -189,10 +190,11 @@ def method_block(offer: Offer) -> str:
     )
     environment, n_tokens = data["environment"], prompts["window_tokens"]
     scored = n_tokens - settings["first_scored"]
-    calibration = _calibration(results)
+    calibration, features = _calibration(results), features_text(environment)
     commit = f", commit {environment['commit']}" if environment.get("commit") else ""
     machine = [
         environment.get("cpu"),
+        f"llama.cpp uses {features}" if features else None,
         f"{environment.get('cores_physical')} cores, {settings['threads']} threads",
         f"{size(environment.get('memory_bytes'))} memory",
         environment.get("platform"),

@@ -160,6 +160,21 @@ def reference_findings(reference: dict[str, Any]) -> list[Finding]:
     ]
 
 
+def thread_findings(n_threads: int, environment: dict[str, Any]) -> list[Finding]:
+    """What more threads than the machine runs at once do to its speeds."""
+    n_logical = environment["cores_logical"]
+    if not n_logical or n_threads <= n_logical:
+        return []
+    return [
+        Finding(
+            "too_many_threads",
+            f"{n_threads} threads ran on a machine of {n_logical} logical cores",
+            "they wait for one another: its seconds are slower than those of fewer threads",
+            f"set runtime.threads to at most {n_logical}, or time on the machine that was meant",
+        )
+    ]
+
+
 def overlap_findings(share: float | None, limit: float) -> list[Finding]:
     """What calibration and evaluation text share, in 13-grams of tokens; None when it is not known."""
     if share is None:
@@ -367,6 +382,15 @@ def environment_findings(environments: Sequence[dict[str, Any]]) -> list[Finding
                 "the cases were measured on several machines",
                 "their seconds cannot be compared",
                 "read the sizes and the quality only",
+            )
+        )
+    elif len({one.get("system_info") for one in environments}) > 1:
+        findings.append(
+            Finding(
+                "builds_differ",
+                "the cases were measured with builds of llama.cpp for different CPU features",
+                "such builds round differently and have other speeds",
+                "measure every case with one build (docs/building.md)",
             )
         )
     return findings

@@ -24,6 +24,7 @@ verbs
   report   tables in all formats, plots and one page from finished sweeps, without llama.cpp: report results=DIR
   card     the marked blocks and the metadata of a model card from finished sweeps: card CARD.md results=DIR
   audit    a published table in a model card or CSV: what is wrong, missing, or lost at equal size
+  convert  safetensors to GGUF, with the converter of the same llama.cpp: convert FOLDER out=FILE.gguf
   doctor   show versions, CPU features, memory, disk, cache, and whether the default inputs can be had
 
 overrides that matter (any value may be a list a,b,c; `python -m harness sweep --help` shows all groups)
@@ -38,7 +39,7 @@ overrides that matter (any value may be a list a,b,c; `python -m harness sweep -
   policy=dynamicgate           what the mode dynamicgate applies; or policy.file=RULES.yaml, or policy=recipe
                                policy.file=RECIPE.txt, or policy=like policy.file=OTHER.gguf (its types)
   measure.speed=false          leave out the timing pass; measure.layers=true: compare every layer with the reference
-  runtime.threads=2            default: the physical cores
+  runtime.threads=2            default: the physical cores; runtime=card_cpu: 6 threads and AVX2, as published cards say
   results.dir=results          where results go; results.name=NAME for the folder in it
 
 examples
@@ -77,6 +78,17 @@ comparison, files, formats, method, recipes. The same results always give the sa
 exit codes: 0 written or current, 1 stale (--check), 2 bad input; a card is written whole or not at all
 """
 
+CONVERT_HELP = """usage: python -m harness convert FOLDER [out=FILE.gguf] [type=bf16] [runtime.cache_dir=DIR]
+
+Makes a GGUF of a folder with config.json, the tokenizer and *.safetensors, with the converter of the llama.cpp that the
+harness measures with. FP8 checkpoints are multiplied by their scales. Needs the extra: pip install -e '.[convert]'.
+
+  out=FILE.gguf   default: FOLDER-bf16.gguf in this folder; nothing is overwritten
+  type=bf16       or f16, f32
+
+exit codes: 0 written, 1 llama.cpp's converter refuses the model, 2 bad input
+"""
+
 GROUPS = ("model", "prompts", "calibration", "quant", "mode", "policy", "measure", "runtime")
 PATH_SETTINGS = ("path", "file", "dir", "cache_dir", "imatrix", "filename")
 CASE_GROUPS = ("quant", "mode", "policy")  # what makes a case; everything else is shared by a sweep
@@ -99,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report": _report,
         "card": _card,
         "audit": _audit,
+        "convert": _convert,
         "doctor": _doctor,
     }
     signal.signal(signal.SIGTERM, _stop)
@@ -403,6 +416,33 @@ def _audit(arguments: list[str]) -> int:
     return 0
 
 
+def _convert(arguments: list[str]) -> int:
+    """Plain settings of its own, as `report`."""
+    from harness.config import Config
+    from harness.convert import convert
+    from harness.errors import UserError
+    from harness.store import Cache
+    from harness.sweep import cache_dir
+
+    given, folders = {}, []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in ("out", "type", "runtime.cache_dir") and value and key not in given:
+            given[key] = value
+        elif equals or argument.startswith("-"):
+            raise UserError(f"convert takes FOLDER, and out=, type=, runtime.cache_dir= once each, not {argument!r}")
+        else:
+            folders.append(Path(argument).expanduser())
+    if len(folders) != 1:
+        raise UserError("convert needs one folder of safetensors, such as: convert FOLDER out=FILE.gguf")
+    config, file_type = Config(), given.get("type", "bf16")
+    config.runtime.cache_dir = given.get("runtime.cache_dir")
+    out = Path(given.get("out", f"{folders[0].resolve().name}-{file_type}.gguf")).expanduser()
+    info = convert(folders[0], out, file_type, Cache(cache_dir(config)), lambda text: print(text, file=sys.stderr))
+    print(f"{out}: {info.architecture}, {len(info.tensors)} tensors, {info.file_bytes:,} bytes")
+    return 0
+
+
 def _doctor(overrides: list[str]) -> int:
     from harness.doctor import doctor_text
 
@@ -518,8 +558,9 @@ def _setting_names() -> list[str]:
 
 
 def _verb_help(verb: str) -> str:
-    if verb in ("audit", "card"):
-        return AUDIT_HELP if verb == "audit" else CARD_HELP
+    own = {"audit": AUDIT_HELP, "card": CARD_HELP, "convert": CONVERT_HELP}
+    if verb in own:
+        return own[verb]
     lines = [HELP.split("\n\nverbs", maxsplit=1)[0].replace("VERB", verb), "", "groups (GROUP=OPTION)"]
     for group in (*GROUPS, "+experiment"):
         lines.append(f"  {group:<12} {_wrapped(_options(group.lstrip('+')))}")

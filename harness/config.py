@@ -128,6 +128,7 @@ class RuntimeConfig:
     """The machine: nothing here changes which tokens are scored."""
 
     threads: int | None = None  # null: the physical cores this process may use
+    cpu_features: list[str] | None = None  # those that reports and cards name, in this order; null: all
     cache_dir: str | None = None  # null: the user's cache folder
     keep_variants: bool = False  # keep the quantized files after they were measured
 

@@ -2,14 +2,14 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from harness import __version__, sources
 from harness.config import Config, WheelConfig, check
+from harness.cpu import chosen_features, cpu_features, engine_facts, vector_level
 from harness.errors import EngineError
-from harness.isolate import run_in_child
 from harness.record import environment, physical_cores
-from harness.run import engine_facts
 from harness.store import Cache, free_bytes
 from harness.sweep import cache_dir
 
@@ -30,19 +30,23 @@ def doctor_text(config: Config) -> tuple[str, bool]:
             healthy = False
     lines += ["", "engine"]
     try:
-        facts = run_in_child(engine_facts, log_path=cache.path("logs", "engine", ".log"))
-        features = [f.strip() for f in facts["system_info"].replace("CPU :", "").split("|") if "= 1" in f]
-        lines.append(f"  CPU features       {', '.join(f.split(' ')[0] for f in features) or 'none reported'}")
+        facts = engine_facts(cache)
+        features = cpu_features(facts["system_info"])
+        lines.append(f"  build              for {vector_level(features)}, in {_package_folder('llama_cpp')}")
+        lines.append(f"  CPU features       {', '.join(features) or 'none reported'}")
+        if config.runtime.cpu_features is not None:
+            named = chosen_features(features, config.runtime.cpu_features)
+            lines.append(f"  named in reports   {', '.join(named) or 'none'}")
     except EngineError as error:
         facts, healthy = {}, False
         lines.append(f"  does not load: {error}")
-    here = environment(facts)
+    here, n_threads = environment(facts), config.runtime.threads or physical_cores()
     load = "" if here["load_1min"] is None else f", load {here['load_1min']:.1f}"
     lines += [
         "",
         "machine",
         f"  CPU                {here['cpu']}",
-        f"  threads            {physical_cores()} used of {here['cores_logical']} logical{load}",
+        f"  threads            {n_threads} used of {here['cores_logical']} logical{load}",
         f"  memory             {_free_memory() / 1e9:.1f} GB free of {here['memory_bytes'] / 1e9:.1f} GB",
         f"  disk (results)     {free_bytes(Path(config.results.dir).expanduser()) / 1e9:.1f} GB free",
         f"  disk (cache)       {free_bytes(cache.folder) / 1e9:.1f} GB free, {cache.folder}",
@@ -72,6 +76,12 @@ def _input_state(wheel: WheelConfig, cache: Cache) -> tuple[str, bool]:
     if sources.in_index(package):
         return f"not yet fetched; the package index has {package}", True
     return f"NOT to be had: the package index does not offer {package}", False
+
+
+def _package_folder(name: str) -> Path:
+    """Where a package is installed, without importing it."""
+    spec = find_spec(name)
+    return Path(spec.origin).parent if spec and spec.origin else Path("?")
 
 
 def _free_memory() -> int:

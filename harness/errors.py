@@ -1,7 +1,9 @@
 """The two kinds of failure that a user meets."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+_LONGEST_NAME = 120
 
 
 class UserError(Exception):
@@ -29,3 +31,9 @@ def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
     if near:
         return f" Did you mean {', '.join(near)}?"
     return f" Known: {', '.join(known)}." if 0 < len(known) <= 40 else ""
+
+
+def some(names: Sequence[str], n: int = 5) -> str:
+    """The first names, and how many more there are; what cannot be printed or is too long is replaced."""
+    shown = ["".join(c if c.isprintable() else "?" for c in name[:_LONGEST_NAME]) for name in names[:n]]
+    return ", ".join(shown) + (f" and {len(names) - n} more" if len(names) > n else "")

@@ -279,8 +279,8 @@ def first_difference(records: Iterable[dict[str, Any]], allowed: Collection[str]
     return None
 
 
-def environment(engine: dict[str, str]) -> dict[str, Any]:
-    """The machine and the software as they are now. `engine`: what `harness.engine.native.engine_facts` returns."""
+def environment(engine: dict[str, Any]) -> dict[str, Any]:
+    """The machine and the software as they are now. `engine`: what is known of llama.cpp, see `harness.cpu`."""
     import psutil
 
     commit, dirty = _git_state()

@@ -14,6 +14,7 @@ import pandas as pd
 
 from harness import checks
 from harness.compare import difference
+from harness.cpu import features_text
 from harness.errors import UserError
 from harness.formats import WIDTH, html_table, latex, markdown
 from harness.frames import attribution_frame, comparison_frame, in_order, measured_cases, percent_change, runs_frame
@@ -274,17 +275,12 @@ def _facts(results: Results) -> dict[str, dict[str, Any]]:
             **{f"version of {name}": value for name, value in data["versions"].items()},
         },
         "Machine": {
-            name: environment.get(name)
-            for name in (
-                "cpu",
-                "cores_physical",
-                "memory_bytes",
-                "platform",
-                "python",
-                "harness",
-                "commit",
-                "system_info",
-            )
+            "cpu": environment.get("cpu"),
+            "CPU features in use": features_text(environment),
+            **{
+                name: environment.get(name)
+                for name in ("cores_physical", "memory_bytes", "platform", "python", "harness", "commit")
+            },
         },
     }
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from harness import checks, metrics
 from harness.artefacts import Coverage, ensure_imatrix, ensure_probabilities, ensure_variant, score_case
+from harness.cpu import chosen_features, cpu_features, engine_facts
 from harness.errors import EngineError
-from harness.isolate import run_in_child
 from harness.layers import measure_layers
 from harness.progress import ProgressDisplay
 from harness.record import SCHEMA_VERSION, environment, read_record, utc_now, write_record
@@ -26,7 +26,9 @@ def run(sweep: Sweep, display: ProgressDisplay) -> list[str]:
         return []
     for folder in (sweep.folder, sweep.cache.folder):
         remove_leftovers(folder)
-    engine = run_in_child(engine_facts, log_path=sweep.cache.path("logs", "engine", ".log"))
+    facts = engine_facts(sweep.cache)
+    features = chosen_features(cpu_features(facts["system_info"]), sweep.config.runtime.cpu_features)
+    engine = {**facts, "cpu_features": features}
     covered = Coverage()
     if any(case.plan.file_type for case in (*sweep.open_cases, *sweep.to_quantize)):
         covered = ensure_imatrix(sweep, display)
@@ -87,6 +89,7 @@ def _record(sweep: Sweep, case: Case, begun: dict[str, Any], covered: Coverage) 
     """Everything about a case but what was measured."""
     plan, calibration = case.plan, sweep.calibration if case.plan.file_type else None
     findings = checks.plan_findings(plan) + checks.reference_findings(sweep.reference.describe())
+    findings += checks.thread_findings(sweep.n_threads, begun)
     if calibration:
         findings += checks.overlap_findings(calibration.overlap, calibration.max_overlap)
         findings += checks.coverage_findings(plan, covered.tensors) + checks.expert_findings(plan, covered.idle)
@@ -134,10 +137,3 @@ def _record(sweep: Sweep, case: Case, begun: dict[str, Any], covered: Coverage) 
         "environment": begun,
         "findings": [finding.to_json() for finding in findings],
     }
-
-
-def engine_facts() -> dict[str, str]:
-    """Runs in a child: what llama.cpp says of itself."""
-    from harness.engine.native import engine_facts
-
-    return engine_facts()

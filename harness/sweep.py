@@ -11,6 +11,7 @@ from typing import Any
 from harness import cost, metrics, sources
 from harness.calibration import Calibration, calibration_file, require_coverage, resolve_calibration
 from harness.config import Config, check, model_label, results_name
+from harness.cpu import chosen_features, cpu_features, engine_facts
 from harness.errors import EngineError, UserError
 from harness.ggml_types import UNQUANTIZED
 from harness.imatrix import load_imatrix
@@ -259,6 +260,8 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
     folder = Path(config.results.dir).expanduser() / results_name(config)
     if with_reference:
         _require_writable(folder, config)
+    if config.runtime.cpu_features is not None:
+        chosen_features(cpu_features(engine_facts(cache)["system_info"]), config.runtime.cpu_features)
 
     prompt_file = sources.text_file(config.prompts, "prompts", cache, say)
     text = calibration_file(config.calibration, cache, say)

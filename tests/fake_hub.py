@@ -141,7 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": file} for file in files]
             return self._send_json({"id": name, "sha": commit_of(revision), "siblings": siblings})
         if verb == "tree":
-            return self._send_json(_tree(files, inner))
+            recursive = parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() == "true"
+            return self._send_json(_tree(files, inner, recursive=recursive))
         if verb == "paths-info":
             entries = {entry["path"]: entry for entry in _tree(files, "", recursive=True)}
             return self._send_json([entries[p] for p in parse_qs(body.decode()).get("paths", []) if p in entries])

@@ -16,6 +16,8 @@ from fake_hub import NOBODY, FakeHub, Repo, commit_of, serve, wikitext
 from tiny_model import random_text, write_tiny_llama
 
 from harness.engine.model import tokenize
+from harness.errors import UserError
+from harness.hub import chosen_gguf
 from harness.prompts import cut_windows
 from harness.record import read_records
 
@@ -153,7 +155,37 @@ def test_split_model_is_fetched_in_all_its_parts(
     del files[f"F16/{parts[2].name}"]
     hub.repos["someone/lost"] = Repo({"main": files})
     line = refused(run("plan", *first, "model.hub.repo_id=someone/lost"), tmp_path)
-    assert "404" in line
+    assert f"lacks F16/{parts[2].name}:" in line
+
+
+def test_pattern_means_one_model_and_all_of_its_parts(
+    run: Run, hub: FakeHub, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "split"
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf, "GGUFWriter", partial(gguf.GGUFWriter, split_max_tensors=15))
+        write_tiny_llama(folder / "tiny-bf16.gguf")
+    files = {f"BF16/{part.name}": part.read_bytes() for part in sorted(folder.iterdir())}
+    others = {"mmproj-tiny-bf16.gguf": b"a projector", "tiny-Q4_K.gguf": b"another", "README.md": b"a bf16.gguf"}
+    hub.repos["someone/tiny"] = Repo({"main": {**others, **files}})
+    pattern = "model.hub.filename=*bf16*.gguf"
+    result = done(run("plan", pattern))
+    assert "fetching BF16/tiny-bf16-00001-of-00003.gguf of someone/tiny" in result.stderr
+    assert [len(hub.asked("GET", name)) for name in files] == [1, 1, 1]
+    assert not any(hub.asked("GET", name) for name in others)
+
+    hub.requests.clear()
+    done(run("plan", pattern, cache="cache-2", HF_HUB_OFFLINE="1"))  # found in the hub's cache
+    assert hub.requests == []
+    line = refused(run("plan", "model.hub.filename=*Q4*", cache="cache-3", HF_HUB_OFFLINE="1"), tmp_path)
+    assert "*Q4*" in line and "tiny-bf16-00001-of-00003.gguf" in line
+
+    del hub.repos["someone/tiny"].revisions["main"]["BF16/tiny-bf16-00003-of-00003.gguf"]
+    hub.requests.clear()
+    line = refused(run("plan", pattern, cache="cache-4", HF_HOME=str(tmp_path / "hf-2")), tmp_path)
+    assert "lacks BF16/tiny-bf16-00003-of-00003.gguf:" in line
+    assert not [one for one in hub.requests if "/resolve/" in one.path], "told before anything is fetched"
 
 
 def test_data_set_of_the_hub_is_the_prompts(run: Run, hub: FakeHub, tiny_gguf: Path, tmp_path: Path) -> None:
@@ -181,10 +213,11 @@ def test_data_set_of_the_hub_is_the_prompts(run: Run, hub: FakeHub, tiny_gguf: P
 
 def test_what_the_hub_does_not_have_is_refused(run: Run, tmp_path: Path) -> None:
     cases = {
-        "model.hub.filename=nothing.gguf": ["someone/tiny/nothing.gguf", "404"],
+        "model.hub.filename=nothing.gguf": ["someone/tiny/nothing.gguf", "404", f"it has {FILE}"],
+        "model.hub.filename=a-00002-of-00003.gguf": ["first part", "a-00001-of-00003.gguf"],
         "model.hub.repo_id=someone/nothing": ["someone/nothing", "401", "HF_TOKEN"],
         "model.hub.repo_id=a/b/c": ["a/b/c", "model.hub"],
-        "model.hub.filename=null": ["someone/tiny", "model.hub.filename"],
+        "model.hub.filename=null": ["someone/tiny", "model.hub.filename", FILE],
         f"model.hub.sha256={'0' * 64}": ["0" * 64, "expected"],
     }
     results = together(*(partial(run, "plan", override, cache=f"cache-{i}") for i, override in enumerate(cases)))
@@ -192,6 +225,57 @@ def test_what_the_hub_does_not_have_is_refused(run: Run, tmp_path: Path) -> None
         line = refused(result, tmp_path)
         for part in parts:
             assert part in line, override
+
+
+FILES = ["README.md", "a-BF16.gguf", "a-Q8_0.gguf", "F16/a-F16-00001-of-00002.gguf", "F16/a-F16-00002-of-00002.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "model"),
+    [
+        ("*BF16*", "a-BF16.gguf"),
+        ("a-[BQ]*16.gguf", "a-BF16.gguf"),
+        ("*-F16*.gguf", "F16/a-F16-00001-of-00002.gguf"),
+        ("*/*", "F16/a-F16-00001-of-00002.gguf"),
+        ("*-00002-of-*", "F16/a-F16-00001-of-00002.gguf"),
+        ("?-Q8_0.gguf", "a-Q8_0.gguf"),
+    ],
+)
+def test_pattern_matches(pattern: str, model: str) -> None:
+    assert chosen_gguf([*FILES, "mmproj-BF16.gguf"], pattern, "someone/a", "model.hub") == model
+
+
+@pytest.mark.parametrize(
+    ("files", "pattern", "words"),
+    [
+        (FILES, "*bf16*", ["model.hub.filename=*bf16*", "matches no", "a-BF16.gguf, a-Q8_0.gguf"]),
+        (FILES, "*F16*", ["matches 2 models", "a-BF16.gguf", "F16/a-F16-00001-of-00002.gguf"]),
+        (FILES, "", ["model.hub.filename=", "a-Q8_0.gguf"]),
+        (["mmproj-BF16.gguf"], "*BF16*", ["someone/a", "no GGUF file"]),
+        ([], "*", ["no GGUF file"]),
+        ([f"{i:03}.gguf" for i in range(300)], "*", ["matches 300 models", "004.gguf and 295 more"]),
+        (["x\x1b[2Jy.gguf", "z.gguf"], "*", ["x?[2Jy.gguf"]),
+        (["model-00001-of-00002.safetensors", "config.json"], "*.gguf", ["hf download someone/a", "harness convert a"]),
+    ],
+)
+def test_pattern_that_means_none_or_several_is_refused(files: list[str], pattern: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        chosen_gguf(files, pattern, "someone/a", "model.hub")
+    for word in words:
+        assert word in str(error.value)
+    assert len(str(error.value)) < 500 and str(error.value).isprintable()
+
+
+def test_repository_of_safetensors_names_the_command(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    hub.repos["someone/tiny"] = Repo({"main": {"model.safetensors": b"weights", "config.json": b"{}"}})
+    command = "python -m harness convert tiny out=tiny-bf16.gguf"
+    pattern, name = together(
+        partial(run, "plan", "model.hub.filename=*bf16*.gguf"), partial(run, "plan", cache="cache-2")
+    )
+    for result in (pattern, name):
+        line = refused(result, tmp_path)
+        assert command in line and "hf download someone/tiny --local-dir tiny" in line
+    assert not hub.asked("GET", "model.safetensors")
 
 
 def test_pages_instead_of_a_model_are_refused(run: Run, hub: FakeHub, tmp_path: Path) -> None:

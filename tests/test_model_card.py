@@ -71,6 +71,7 @@ def put(folder: Path, quant: str, mode: str, n_bytes: int, loss: float, **change
     data["reference"] |= {"source_sha256": "5a" * 32, "derived_from": None, "n_params": 10**8}
     data["prompt_set"] |= {"text_sha256": "7e" * 32, "bos": None}
     data["environment"] |= {"machine": "secret-host", "memory_bytes": 8 << 30, "platform": "Linux"}
+    data["environment"] |= {"system_info": "CPU : AVX = 1 | AVX2 = 1 | FMA = 1 | ", "cpu_features": ["AVX2"]}
     path = record_path(folder, quant, mode, key)
     side = {"nll": NLL + loss * NOISE, "top": np.zeros(NLL.shape, np.int32)}
     write_record(path, data, side if reference else {**side, "kld": loss * NOISE})
@@ -128,6 +129,7 @@ def test_a_new_card_is_current_and_reads_back_from_the_hub_library(cli: Cli, fol
     assert [block.name for block in find_blocks(before.decode())] == list(model_card._HEADINGS)
     assert set(model_card._HEADINGS) == set(BLOCKS)
     assert "secret-host" not in before.decode() and str(tmp_path) not in before.decode()
+    assert "Machine: A CPU; llama.cpp uses AVX2 (2 more in use); 2 cores, 2 threads" in before.decode()
 
 
 def test_new_overwrites_nothing(cli: Cli, folder: Path, tmp_path: Path) -> None:
