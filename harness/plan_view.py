@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from harness import checks, cost
+from harness import cost, plan_checks
 from harness.mixture import Mixture, plain_overrides
 from harness.plan import STANDARD_RULE, Plan, TensorPlan
 from harness.sweep import Sweep
@@ -35,7 +35,7 @@ def plan_text(plan: Plan, estimate_s: float) -> str:
             cell.rjust(w) if i == 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=False))
         ]
         lines.append(("  " + "  ".join(cells) + "  " + row[-1]).rstrip())
-    for finding in (one for one in checks.plan_findings(plan) if one.kind != "preset"):  # said above
+    for finding in (one for one in plan_checks.plan_findings(plan) if one.kind != "preset"):  # said above
         lines += ["", f"  ! {finding.what}."]
     return "\n".join(lines)
 
@@ -70,7 +70,7 @@ def plan_json(plan: Plan, estimate_s: float) -> dict[str, Any]:
             }
             for t in plan.tensors
         ],
-        "findings": [finding.to_json() for finding in checks.plan_findings(plan)],
+        "findings": [finding.to_json() for finding in plan_checks.plan_findings(plan)],
     }
 
 
@@ -122,7 +122,9 @@ def _preset_lines(plan: Plan) -> list[str]:
     source = f" ({mixture.description})" if mixture.description and mixture.is_preset else ""
     lines = [f"  preset: {mixture.words}{source}"]
     plain = f"llama.cpp's {mixture.plain_file_type.upper()}"
-    lines.append(f"  unlike {plain}: {checks.plain_summary(plan)}" if mixture.plain else f"  same types as {plain}")
+    lines.append(
+        f"  unlike {plain}: {plan_checks.plain_summary(plan)}" if mixture.plain else f"  same types as {plain}"
+    )
     if mixture.plain and plan.quant == mixture.plain_file_type:
         lines[-1] += f"; for that one: {plain_overrides(mixture)}"
     return lines

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import checks, metrics
+from harness import metrics, plan_checks
 from harness.artefacts import Coverage, ensure_imatrix, ensure_probabilities, ensure_variant, score_case
 from harness.cpu import chosen_features, cpu_features, engine_facts
 from harness.errors import EngineError
@@ -88,11 +88,13 @@ def _remove_variant(sweep: Sweep, case: Case) -> None:
 def _record(sweep: Sweep, case: Case, begun: dict[str, Any], covered: Coverage) -> dict[str, Any]:
     """Everything about a case but what was measured."""
     plan, calibration = case.plan, sweep.calibration if case.plan.file_type else None
-    findings = checks.plan_findings(plan) + checks.reference_findings(sweep.reference.describe())
-    findings += checks.thread_findings(sweep.n_threads, begun)
+    findings = plan_checks.plan_findings(plan) + plan_checks.reference_findings(sweep.reference.describe())
+    findings += plan_checks.thread_findings(sweep.n_threads, begun)
     if calibration:
-        findings += checks.overlap_findings(calibration.overlap, calibration.max_overlap)
-        findings += checks.coverage_findings(plan, covered.tensors) + checks.expert_findings(plan, covered.idle)
+        findings += plan_checks.overlap_findings(calibration.overlap, calibration.max_overlap)
+        findings += plan_checks.coverage_findings(plan, covered.tensors) + plan_checks.expert_findings(
+            plan, covered.idle
+        )
     return {
         "schema_version": SCHEMA_VERSION,
         "key": case.key,
@@ -122,7 +124,7 @@ def _record(sweep: Sweep, case: Case, begun: dict[str, Any], covered: Coverage) 
             "fallback_share": plan.share_of_weights(plan.fell_back),
             "n_raised": len(plan.raised),
             "n_lowered": len(plan.lowered),
-            "lowered": checks.lowered_summary(plan) or None,
+            "lowered": plan_checks.lowered_summary(plan) or None,
             "embedding_type": plan.type_of("token_embd.weight"),
             "output_type": plan.type_of("output.weight") or plan.type_of("token_embd.weight"),
             "tensors": {t.name: {"type": t.type, "standard": t.standard_type, "rule": t.rule} for t in plan.tensors},

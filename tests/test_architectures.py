@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from harness import checks, measure
+from harness import measure, plan_checks
 from harness.engine import hidden
 from harness.engine import model as engine
 from harness.engine.gguf_file import read_header
@@ -288,7 +288,7 @@ def test_unknown_tensors_keep_the_standard_type(tmp_path: Path) -> None:
     )
     assert {t.name for t in made.quantizable if t.type != "q8_0"} == {ODD}
     assert made.type_of(ODD) == "q4_0"
-    assert ODD in next(f.what for f in checks.plan_findings(made) if f.kind == "unknown_tensors")
+    assert ODD in next(f.what for f in plan_checks.plan_findings(made) if f.kind == "unknown_tensors")
     make_variant(path, tmp_path / "out.gguf", made, None, n_threads=1)  # llama.cpp quantizes what it cannot load
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import checks
+from harness import checks, plan_checks
 from harness.cli import compose
 from harness.cpu import chosen_features, cpu_features, engine_facts, features_text, vector_level
 from harness.doctor import doctor_text
@@ -61,9 +61,9 @@ def test_card_cpu_has_6_threads_and_names_avx2() -> None:
 
 
 def test_more_threads_than_cores_are_told() -> None:
-    assert checks.thread_findings(2, {"cores_logical": 2}) == []
-    assert checks.thread_findings(6, {"cores_logical": None}) == []
-    (finding,) = checks.thread_findings(6, {"cores_logical": 2})
+    assert plan_checks.thread_findings(2, {"cores_logical": 2}) == []
+    assert plan_checks.thread_findings(6, {"cores_logical": None}) == []
+    (finding,) = plan_checks.thread_findings(6, {"cores_logical": 2})
     assert finding.kind == "too_many_threads" and finding.what == "6 threads ran on a machine of 2 logical cores"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from harness import checks
+from harness import plan_checks
 from harness.errors import UserError
 from harness.ggml_types import GGML_TYPES, fit_type, tensor_bytes
 from harness.header import TensorInfo
@@ -388,7 +388,7 @@ def test_a_bump_that_ends_below_llama_cpp_s_type_is_shown_as_lowered() -> None:
     """The ladder begins at the file type's base, here IQ1_M: +1 gives IQ2_S, 2.5625 bits, below Q4_K's 4.5."""
     made = plan(down(0), bump("all", 1), standard="q4_k")
     assert [t.type for t in made.lowered] == ["iq2_s"]
-    (finding,) = (f for f in checks.plan_findings(made) if f.kind == "lowered")
+    (finding,) = (f for f in plan_checks.plan_findings(made) if f.kind == "lowered")
     assert finding.what.endswith("ffn_down Q4_K -> IQ2_S")
 
 
@@ -432,7 +432,7 @@ def test_rules_that_decide_nothing_are_told_apart() -> None:
     assert made.idle.rules == ("taken", "no_layer", "never_quantized", "misspelt", "dense_only")
     assert made.idle.other_models == ("heads", "experts", "ssm", "no_steps")
     assert made.idle.misspelt == (("misspelt", "fnn_down"), ("half_misspelt", "atn_k"))
-    said = {f.kind: f.what for f in checks.plan_findings(made)}
+    said = {f.kind: f.what for f in plan_checks.plan_findings(made)}
     assert "'fnn_down' in misspelt (did you mean ffn_down?)" in said["misspelt_roles"]
     assert "'atn_k' in half_misspelt" in said["misspelt_roles"]
     assert "taken, no_layer, never_quantized, misspelt, dense_only" in said["idle_rules"]
@@ -446,7 +446,7 @@ def test_a_bump_below_a_type_for_the_same_tensors_decides_nothing() -> None:
 
 
 def test_no_finding_when_every_rule_decides_something() -> None:
-    assert checks.plan_findings(plan(down(0, 1, 2, 3), *ENDS_AND_MIDDLE)) == []
+    assert plan_checks.plan_findings(plan(down(0, 1, 2, 3), *ENDS_AND_MIDDLE)) == []
 
 
 # --- metadata

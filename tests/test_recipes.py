@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from tiny_model import write_tiny_llama
 
-from harness.checks import plan_findings
 from harness.config import Config, PolicyConfig
 from harness.engine.gguf_file import read_header
 from harness.errors import UserError
@@ -21,6 +20,7 @@ from harness.ggml_types import GGML_TYPES, fit_type
 from harness.header import TensorInfo
 from harness.like import copied_types, with_copied_types
 from harness.plan import Plan, make_plan
+from harness.plan_checks import plan_findings
 from harness.policy import Rule, Subject, matching_rule, parse_rules
 from harness.policy_file import load_policy
 from harness.recipes import (

@@ -231,12 +231,12 @@ def test_the_kind_of_attention_moves_numbers_and_is_kept_apart(
 
 
 def test_tensors_without_imatrix_data_are_a_finding() -> None:
-    from harness import checks
+    from harness import plan_checks
     from tests.test_plan import down, everything, plan
 
     made = plan(down(0), everything("q4_0"))
-    assert checks.coverage_findings(made, {"blk.0.ffn_down.weight"}) == []
-    (finding,) = checks.coverage_findings(made, set())
+    assert plan_checks.coverage_findings(made, {"blk.0.ffn_down.weight"}) == []
+    (finding,) = plan_checks.coverage_findings(made, set())
     assert finding.kind == "imatrix_gaps" and "1 of 1" in finding.what
 
 
