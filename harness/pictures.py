@@ -115,7 +115,8 @@ def _speed(results: Results) -> Iterator[Picture]:
 def _types(results: Results) -> Iterator[Picture]:
     types = types_frame(results.measured)
     quants = list(dict.fromkeys(types.quant))
-    part = _part(len(quants), results.comparison.quant.nunique(), "quants") if len(quants) >= MOST_QUANTS else ""
+    n_quants = results.comparison.quant.nunique()
+    part = _part(len(quants), n_quants, "quants") if n_quants > MOST_QUANTS else ""
     for first in range(0, len(quants), _TYPES_A_PICTURE):
         rows = types[types.quant.isin(quants[first : first + _TYPES_A_PICTURE])]
         number = first // _TYPES_A_PICTURE + 1

@@ -18,7 +18,8 @@ MIB = 1 << 20
 KLD_FLOOR = 1e-6  # nats; what is below is rounding and has no place on a log axis
 KLD_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 MOST_ROWS = 40  # of a picture with a line for each variant
-MOST_QUANTS = 18  # of pictures with a panel for each quant
+MOST_QUANTS = 18  # of pictures with a panel for each quant; of more, a few are examples enough
+FEW_QUANTS = 6
 _LLAMA_3_8B = re.compile(r"llama[-_ ]?3[-_ ]8b", re.IGNORECASE)
 
 _POINT_COLUMNS = ("name", "quant", "series", "size_mib", "value", "low", "high", "on_front", "from_mib", "from_value")
@@ -113,13 +114,13 @@ def speed_points(speed: pd.DataFrame, bench: Sequence[Mapping[str, Any]]) -> pd.
 def types_frame(records: Sequence[Record], most: int = MOST_QUANTS) -> pd.DataFrame:
     """Bits per weight of every tensor under a policy and in the standard file; one policy a quant, the first that
     changes anything (placebos last). layer: empty outside the blocks. Roles that stay f32 (norms, biases) are left out.
-    With more than `most` quants as many of them, evenly chosen.
+    With more than `most` quants FEW_QUANTS of them, evenly chosen.
     """
     columns = ["name", "quant", "series", "role", "layer", "type", "bpw", "standard_type", "standard_bpw"]
     others = [record for record in records if record.ok and record.data["mode"] not in ("reference", "standard")]
     others.sort(key=lambda record: record.data["mode"].startswith("placebo"))
     shown = list(dict.fromkeys(record.data["quant"] for record in others))
-    shown = [shown[i] for i in spread_out(len(shown), most)]
+    shown = [shown[i] for i in spread_out(len(shown), most if len(shown) <= most else FEW_QUANTS)]
     found: dict[str, pd.DataFrame] = {}
     for record in others:
         if record.data["quant"] not in shown or record.data["quant"] in found:
