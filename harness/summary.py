@@ -44,10 +44,15 @@ def tradeoffs(table: pd.DataFrame, runs: pd.DataFrame, speed: pd.DataFrame) -> l
     if "delta_generate_pct" in speed and speed.delta_generate_pct.notna().any():
         text = _range(speed.delta_generate_pct.dropna().tolist())
         sentences.append(f"Generated tokens/s change by {text}{_spread(speed, 'generate')}")
+    good = runs[(runs.status == "ok") & ~runs["mode"].astype(str).str.startswith("placebo")]
     for verdict, words in (("wins", "better"), ("ties", "not better"), ("loses", "worse")):
-        names = runs[(runs.status == "ok") & (runs.verdict == verdict)]["name"]
+        names = good[good.verdict == verdict]["name"]
         if len(names):
             sentences.append(f"At equal size {words} than the standard ladder: {', '.join(names)}")
+    beaten = good[(good["mode"] != "standard") & good.dominated_by.notna()]
+    if len(beaten):
+        pairs = [f"{row['dominated_by']} than {row['name']}" for row in beaten.to_dict("records")]
+        sentences.append(f"No larger and better beyond noise: {', '.join(pairs)}")
     return sentences
 
 

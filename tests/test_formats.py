@@ -64,10 +64,20 @@ def test_sentences_say_only_what_is_beyond_noise() -> None:
     sentences = key_improvements(table)
     assert sentences[0] == "IQ1_M: perplexity 27.46 → 15.41, -43.9%, for +307.2M"
     assert [sentence.split(":")[0] for sentence in sentences] == ["IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XXS", "IQ2_XS"]
-    runs = pd.DataFrame({"name": ["x"], "status": ["ok"], "verdict": ["loses"]})
+    runs = pd.DataFrame(
+        {
+            "name": ["x", "y", "p"],
+            "mode": ["dynamicgate", "standard", "placebo"],
+            "status": ["ok"] * 3,
+            "verdict": ["loses", None, "loses"],
+            "dominated_by": [None, "z", "z"],
+        }
+    )
     text = tradeoffs(table, runs, pd.DataFrame())
     assert text[0] == "Sizes change by +102.4M to +307.2M (+4% to +14%)"
     assert text[-1] == "At equal size worse than the standard ladder: x"
+    beaten = tradeoffs(table, runs.assign(dominated_by=["z", "z", "z"]), pd.DataFrame())
+    assert beaten[-1] == "No larger and better beyond noise: z than x"
     noise = comparison(p_holm=0.2)
     assert key_improvements(noise) == []
     assert any(line.startswith("Within noise: IQ2_XXS, IQ2_XS") for line in tradeoffs(noise, runs, pd.DataFrame()))
