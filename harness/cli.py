@@ -29,7 +29,7 @@ verbs
 
 overrides that matter (any value may be a list a,b,c; `python -m harness sweep --help` shows all groups)
   quant=iq1_m,iq2_s            file types of llama.cpp, lower case, and presets (bf16-q8_0, q4_k_l, ...)
-  mode=standard,dynamicgate    both are the default of a sweep; placebo: the policy's types on other tensors
+  mode=standard,dynamicgate    both are the default of a sweep, dynamicgate of plan; placebo: its types elsewhere
   model=smollm2_135m           or model.path=FILE.gguf, or model.hub.repo_id=... model.hub.filename=...
   prompts=wiki_sample          or prompts.path=FILE; prompts.n_windows=16 for smaller errors
   +experiment=ladder_ultra_low the standard ladder around 1 and 2 bits and DynamicGate on it, instead of quant=
@@ -93,6 +93,11 @@ GROUPS = ("model", "prompts", "calibration", "quant", "mode", "policy", "measure
 PATH_SETTINGS = ("path", "file", "dir", "cache_dir", "imatrix", "filename")
 CASE_GROUPS = ("quant", "mode", "policy")  # what makes a case; everything else is shared by a sweep
 DEFAULT_MODES = "mode=standard,dynamicgate"
+USAGE = {
+    "compare": "compare CASE CASE [results=DIR] [key=value ...]\n\n"
+    "CASE: a name in the tables (iq1_m-dynamicgate) or the path of a record.",
+    "plan": "plan quant=... [mode=dynamicgate] [--json | --recipe | --tensor-type-file] [key=value ...]",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,10 +157,16 @@ def compose(overrides: Sequence[str]) -> list["Config"]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    from harness.errors import nearest
+
     _register_schema()
     for one in overrides:
         if "=" not in one:
-            raise _user_error(f"{one!r} is no setting: write KEY=VALUE, and lists without spaces (quant=iq1_m,iq2_s)")
+            flags = ("--json", "--recipe", "--tensor-type-file")
+            near = nearest(one, flags) if one.startswith("--") else ""
+            raise _user_error(
+                f"{one!r} is no setting: write KEY=VALUE, and lists without spaces (quant=iq1_m,iq2_s).{near}"
+            )
     choices: dict[str, list[str]] = {}
     try:
         for override in OverridesParser.create().parse_overrides([_quoted(one) for one in overrides]):
@@ -291,7 +302,12 @@ def _compare(arguments: list[str]) -> int:
     names = [argument for argument in arguments if "=" not in argument]
     if len(names) != 2:
         raise _user_error("compare needs two cases, such as: compare iq1_m-dynamicgate iq1_m-standard")
-    config = compose(_with_quant([one for one in arguments if "=" in one]))[0]
+    overrides = [one for one in arguments if "=" in one]
+    for one in [one for one in overrides if one.startswith("results=")]:  # as the verbs that read results take it
+        folder = Path(one.partition("=")[2])
+        overrides.remove(one)
+        overrides += [f"results.dir={folder.parent}", f"results.name={folder.name}"]
+    config = compose(_with_quant(overrides))[0]
     check(config)
     results = config.results
     folder = Path(results.dir).expanduser()
@@ -512,7 +528,12 @@ def _with_quant(overrides: list[str]) -> list[str]:
 
 
 def _require_quant(overrides: list[str], verb: str) -> None:
+    from difflib import get_close_matches
+
     if not _has_quant(overrides):
+        for one in overrides:
+            if get_close_matches(one.partition("=")[0], ["quant"]):
+                raise _user_error(f"there is no setting {one.partition('=')[0]!r}. Did you mean quant?")
         raise _user_error(f"{verb} needs to know what to quantize: add quant=iq1_m,iq2_s (or any of llama.cpp's types)")
 
 
@@ -528,6 +549,8 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
 
     text = f"{error} {error.__cause__ or ''}"
     missing = re.search(r"Could not find '([\w/]+)/([^']*)'", text)
+    if missing and missing[1] == "experiment":
+        return f"+experiment={missing[2]} is no experiment.{nearest(missing[2], _options('experiment'))}"
     if missing and missing[1] in GROUPS:
         hint = nearest(missing[2], _options(missing[1])) or " Such as iq1_m or q4_k_m; sweep --help lists all."
         return f"{missing[1]}={missing[2]} is no option of {missing[1]}.{hint}"
@@ -561,7 +584,9 @@ def _verb_help(verb: str) -> str:
     own = {"audit": AUDIT_HELP, "card": CARD_HELP, "convert": CONVERT_HELP}
     if verb in own:
         return own[verb]
-    lines = [HELP.split("\n\nverbs", maxsplit=1)[0].replace("VERB", verb), "", "groups (GROUP=OPTION)"]
+    head = HELP.split("\n\nverbs", maxsplit=1)[0]
+    usage = USAGE.get(verb, f"{verb} [key=value ...]")
+    lines = [head.replace("VERB [key=value ...]", usage), "", "groups (GROUP=OPTION)"]
     for group in (*GROUPS, "+experiment"):
         lines.append(f"  {group:<12} {_wrapped(_options(group.lstrip('+')))}")
     lines += ["", "settings (KEY=VALUE; what they mean: harness/config.py)"]

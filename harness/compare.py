@@ -90,17 +90,16 @@ def equal_size_verdict(case: Measured, ladder: Sequence[Measured]) -> Verdict:
 
 
 def dominators(cases: Sequence[Measured]) -> dict[str, str]:
-    """For each dominated case the best one of the Pareto front that is no larger and better beyond noise (perplexity).
+    """For each dominated case the name of the best one that is no larger and has a lower perplexity beyond noise.
 
-    The three best of those that are no larger are tried. A placebo dominates nothing: it is not for use.
+    Of those that are no larger the ten best are tried. A placebo dominates nothing: it is not for use.
     """
     found = {}
     usable = [case for case in cases if not case.mode.startswith("placebo")]
-    front = pareto_front(usable)
-    best_first = sorted((case for case in usable if case.name in front), key=lambda one: one.mean_nll)
+    best_first = sorted(usable, key=lambda one: one.mean_nll)
     for case in cases:
         better = (one for one in best_first if one.file_bytes <= case.file_bytes and one.mean_nll < case.mean_nll)
-        names = (one.name for one in islice(better, 3) if mean_interval(one.nll - case.nll).sign == -1)
+        names = (one.name for one in islice(better, 10) if mean_interval(one.nll - case.nll).sign == -1)
         best = next(names, None)
         if best:
             found[case.name] = best

@@ -170,6 +170,9 @@ def check(config: Config) -> None:
         if text.format not in (None, "text", "json", "parquet"):
             raise UserError(f"{name}.format={text.format}: give text, json (also for jsonl) or parquet")
     for group, source in (("model", config.model), ("prompts", config.prompts), ("calibration", config.calibration)):
+        if source.hub.filename and not source.hub.repo_id:
+            name = f"{group}.hub.filename={source.hub.filename}"
+            raise UserError(f"{name}: say of which repository with {group}.hub.repo_id=OWNER/NAME")
         if source.wheel is not None:
             _check_wheel(group, source.wheel)
     for name, value in (("quant", config.quant.name), ("mode", config.mode.name), ("policy", config.policy.name)):

@@ -13,7 +13,6 @@ from harness.compare import Measured, Verdict, difference, dominators, equal_siz
 from harness.mixture import Mixture
 from harness.pass_frames import speed_columns
 from harness.passes import Timing
-from harness.provenance import MAX_BYTES
 from harness.record import Record, field
 from harness.stats import Interval, holm, mean_interval
 
@@ -40,13 +39,18 @@ def runs_frame(records: Sequence[Record], timings: Mapping[str, Timing] = Mappin
     dominated, front = dominators(variants), pareto_front(variants)
     by_name = {case.name: case for case in variants}
     ladder = [case for case in variants if case.mode == "standard"]
-    placebos = [case for case in variants if case.mode.startswith("placebo")]
+    placebos = {
+        (quant, policy): by_name.get(record.name)
+        for record in records
+        for quant, mode, policy in [record.label]
+        if mode.startswith("placebo") and record.ok
+    }
     rows = []
     for record in records:
         row = _run_row(record, reference_values)
         case = by_name.get(record.name)
         row |= _verdict_columns(equal_size_verdict(case, ladder) if case and case.mode != "standard" else None)
-        row["vs_placebo"] = _versus_placebo(case, placebos)
+        row["vs_placebo"] = _versus_placebo(case, placebos.get((record.data["quant"], record.data["policy"])))
         row["dominated_by"] = dominated.get(record.name)
         row["on_front"] = case.name in front if case else None
         row |= speed_columns(timings.get(record.data["key"]))
@@ -181,14 +185,9 @@ def _verdict_columns(verdict: Verdict | None) -> dict[str, Any]:
     return row | _interval_columns("equal_size_kld", verdict.kld)
 
 
-def _versus_placebo(case: Measured | None, placebos: Sequence[Measured]) -> str | None:
-    """wins, ties or loses against the placebo of the same quant and bytes, so of the same policy; None without one.
-    What the two files say of themselves may differ in length."""
-    if case is None or case.mode == "standard" or case.mode.startswith("placebo"):
-        return None
-    same = (one for one in placebos if one.quant == case.quant and abs(one.file_bytes - case.file_bytes) < MAX_BYTES)
-    placebo = next(same, None)
-    if placebo is None:
+def _versus_placebo(case: Measured | None, placebo: Measured | None) -> str | None:
+    """wins, ties or loses against the placebo of the same quant and policy; None without one."""
+    if case is None or placebo is None or case.mode == "standard" or case.mode.startswith("placebo"):
         return None
     sign = difference(case, placebo).ln_ppl.sign
     return None if sign is None else {-1: "wins", 0: "ties", 1: "loses"}[sign]

@@ -27,7 +27,6 @@ KEYS: dict[str, str | int] = {
     "harness.policy": "",
     "harness.plan": "",
 }
-MAX_BYTES = 2048  # more than all of them can take: files of the same tensors differ by less
 _MAX_TEXT_BYTES = 127  # llama_model_kv_override holds 128, the last of them a zero
 
 

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -119,10 +120,18 @@ class Record:
         path = self.path.with_suffix(".npz")
         if not path.is_file() or sha256_file(path) != self.data.get("side_file_sha256"):
             raise UserError(f"{path} is missing or was changed: run the sweep again, it will measure this case anew")
-        with np.load(path, allow_pickle=False) as arrays:
-            values = {name: arrays[name] for name in arrays.files}
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                values = {name: arrays[name] for name in ("nll", "kld", "top") if name in arrays.files}
+        except (OSError, ValueError, EOFError, BadZipFile):
+            values = {}
         nll = values.get("nll", np.empty(0))
-        if nll.ndim != 2 or not nll.size or not np.isfinite(nll).all() or nll.mean() > _LARGEST_NLL:
+        numbers = all(one.dtype.kind in "fi" and one.shape == nll.shape for one in values.values())
+        if nll.ndim != 2 or not nll.size or "top" not in values or not numbers:
+            sound = False
+        else:
+            sound = bool(all(np.isfinite(one).all() for one in values.values()) and nll.mean() <= _LARGEST_NLL)
+        if not sound:
             raise UserError(f"{path} holds no per-token values: run the sweep again, it will measure this case anew")
         return values
 

@@ -15,7 +15,7 @@ import numpy as np
 
 BLOCK_TOKENS = 93  # 1,023 scored tokens are 11 blocks; correlation of nll is gone after some tens of tokens
 MIN_BLOCKS = 10  # fewer cannot tell their own spread
-LEVEL = 0.95
+ALPHA = 0.05  # of two-sided tests; intervals are of 1 - ALPHA
 _REPLICATES = 4000
 SMALLEST_P = 2 / _REPLICATES  # what so many replicates can tell apart from 0
 _SEED = 20250328
@@ -81,11 +81,14 @@ def mean_interval(values: np.ndarray, block_tokens: int = BLOCK_TOKENS) -> Inter
     errors = np.sqrt(np.maximum(squares, 0.0) / (n * (n - 1)))
     usable = errors > 1e-9 * se  # not the replicates that chose one block n times
     t = shift[usable] / errors[usable]
-    low_t, high_t = _quantile(t, (1 - LEVEL) / 2), _quantile(t, (1 + LEVEL) / 2)
-    # Two-sided from the same quantiles as the interval: p <= 0.05 just when the interval leaves out 0.
+    low_t, high_t = _quantile(t, ALPHA / 2), _quantile(t, 1 - ALPHA / 2)
+    # Two-sided, from the same replicates as the interval.
     tail = min(np.count_nonzero(t >= mean / se), np.count_nonzero(t <= mean / se))
     p = min(1.0, 2 * (1 + tail) / (len(t) + 1))
-    return Interval(mean, se, mean - high_t * se, mean - low_t * se, p, n)
+    low, high = mean - high_t * se, mean - low_t * se
+    # p <= ALPHA just when the interval leaves out 0: counts and interpolated quantiles differ by a replicate there.
+    p = min(p, ALPHA) if low > 0 or high < 0 else max(p, math.nextafter(ALPHA, 1))
+    return Interval(mean, se, low, high, p, n)
 
 
 def _quantile(values: np.ndarray, share: float) -> float:

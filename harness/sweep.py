@@ -500,7 +500,8 @@ def _last_words(error: EngineError) -> str:
         lines = [line.strip() for line in error.log_tail if word in line.lower()]
         if lines:
             return f"{error} ({lines[-1]})"
-    return str(error)
+    said = [line.strip() for line in error.log_tail if line.strip()]
+    return f"{error} (last logged: {said[-1][:200]})" if said else str(error)
 
 
 def _short(value: Any) -> str:

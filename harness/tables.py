@@ -109,10 +109,11 @@ def file_table(runs: pd.DataFrame) -> Table:
     """Which file to take, the largest first."""
     rows: list[tuple[str, ...]] = []
     for row in _good(runs[runs["mode"] != "reference"].sort_values("file_bytes", ascending=False)):
+        mode = row["name"].removeprefix(f"{row['quant']}-")
         rows.append(
             (
                 f"{row['name']}.gguf",
-                row["mixture"] or _ABSENT,
+                f"{row['mixture'] or _ABSENT}{'' if mode == 'standard' else f' + {mode}'}",
                 size(row["file_bytes"]),
                 f"{row['bpw']:.2f}",
                 plus_minus(row["ppl"], row["ppl_se"]),

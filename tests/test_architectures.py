@@ -320,6 +320,24 @@ def test_models_that_cannot_be_scored(tmp_path: Path, family: Family, reason: st
     assert reason in str(check.refusal) and check.unknown == ()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a causal attn = 0 model, causal attn = 1",
+        "x\nprint_info: causal attn           = 0\nprint_info: causal attn           = 1",
+        "model has unused tensor blk.0.attn_q.weight (size = 1 bytes) -- ignoring",
+        "\nmodel has unused tensor blk.0.attn_q.weight (size = 1 bytes) -- ignoring",
+    ],
+    ids=["causal", "causal on a line", "unused", "unused on a line"],
+)
+def test_a_name_that_reads_like_the_log(tmp_path: Path, name: str, causal: bool) -> None:
+    family = replace(gemma2(), keys={**gemma2().keys, "attention.causal": causal})
+    check = check_load(write_family(family, tmp_path / "m.gguf", name), tuple(family.shapes))
+    assert (check.refusal is None) == causal
+    assert check.idle == ()
+
+
 def test_blocks_for_multi_token_prediction(cli: Cli, tiny_overrides: list[str], tmp_path: Path) -> None:
     """llama.cpp quantizes them and does not run them: no imatrix data, so no type that needs some."""
     path = write_family(deepseek2(mtp=True), tmp_path / "mtp.gguf")

@@ -198,7 +198,7 @@ def test_exit_codes_reach_the_shell(tmp_path: Path) -> None:
         (["sweep", "+experiment=attribution"], ["this experiment", "quant=iq1_m"]),
         (["sweep", "+experiment=attribution", "mode=standard"], ["this experiment", "quant=iq1_m"]),
         (["sweep", "+experiment=ladder_ultra_low", "quant=iq1_m"], ["quant="]),
-        (["sweep", "+experiment=ladder"], ["experiment/ladder"]),
+        (["sweep", "+experiment=ladder"], ["+experiment=ladder is no experiment", "ladder_ultra_low"]),
         (["sweep", "experiment=attribution", "quant=iq1_m"], ["'experiment'"]),
         # what to compare
         (["compare"], ["two cases", "iq1_m-dynamicgate"]),

@@ -190,6 +190,25 @@ def test_a_side_file_of_other_values_is_not_done(tmp_path: Path) -> None:
     assert not is_done(path, KEY)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"nll": NLL},
+        {"nll": NLL, "top": np.zeros(3, np.int32)},
+        {"nll": NLL.astype(str), "top": NLL},
+        {"nll": NLL, "top": NLL, "kld": np.full(NLL.shape, np.nan)},
+        {"nll": NLL, "top": NLL, "kld": np.zeros((1, 1))},
+        {"nll": NLL[0], "top": NLL[0]},
+    ],
+    ids=["no top", "other shape", "text", "nan", "other kld", "one window"],
+)
+def test_a_side_file_that_is_vouched_for_may_still_be_odd(tmp_path: Path, values: dict[str, np.ndarray]) -> None:
+    path = put(tmp_path)
+    write_record(path, json.loads(path.read_text()), values)
+    with pytest.raises(UserError, match="holds no per-token values"):
+        read_record(path).per_token()
+
+
 def test_a_missing_side_file_is_not_done(tmp_path: Path) -> None:
     path = put(tmp_path)
     path.with_suffix(".npz").unlink()

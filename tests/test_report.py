@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import checks
+from harness import checks, report
 from harness.compare import Measured, dominators
 from harness.errors import UserError
 from harness.passes import SpeedPass, Timing, write_speed
@@ -776,11 +776,8 @@ def test_verdicts_at_equal_size(real: Sweep) -> None:
 
 
 def test_versus_placebo(real: Sweep) -> None:
-    """The placebo has the policy's bytes, so only the policy of that size is compared with it."""
-    assert real.runs.vs_placebo.dropna().to_dict() == {
-        "iq1_m-dynamicgate": "wins",
-        "iq1_m-dynamicgate+dynamicgate_without_ends_without_middle": "loses",
-    }
+    """Only the policy whose types the placebo has is compared with it."""
+    assert real.runs.vs_placebo.dropna().to_dict() == {"iq1_m-dynamicgate": "wins"}
 
 
 def test_dominated_by_and_on_front(real: Sweep) -> None:
@@ -1410,3 +1407,18 @@ def test_report_needs_no_more_than_pandas_and_matplotlib(tmp_path: Path, blocked
         not blocked,
         blocked,
     )
+
+
+def test_a_case_is_compared_with_the_placebo_of_its_own_policy(tmp_path: Path) -> None:
+    put(tmp_path, "reference", "reference", nll=COMMON, top=TOP)
+    rng = np.random.default_rng(3)
+    for mode, policy, loss in (
+        ("dynamicgate", "dynamicgate", 0.5),
+        ("placebo", "dynamicgate", 0.6),
+        ("dynamicgate", "mine", 0.5),
+        ("placebo", "mine", 0.1),
+    ):
+        nll = COMMON + loss + rng.normal(0, 0.05, COMMON.shape)
+        put(tmp_path, "iq1_m", mode, policy, nll=nll, top=TOP, kld=np.full(COMMON.shape, 0.2))
+    told = report.load_results([tmp_path]).runs.set_index("name").vs_placebo.dropna().to_dict()
+    assert told == {"iq1_m-dynamicgate": "wins", "iq1_m-dynamicgate+mine": "loses"}

@@ -302,7 +302,7 @@ def test_missing_model_names_the_nearest(sweep_model: Cli, tiny_gguf: Path, tmp_
     assert "smollm-f16.txt" not in line and "aaa.gguf" not in line
     assert "aaa.gguf" in refused(sweep_model(tmp_path / "X.gguf"), tmp_path)
     assert "no such file" in refused(sweep_model(tmp_path / "no folder" / "x.gguf"), tmp_path)
-    assert "no such file" in refused(sweep_model(tmp_path), tmp_path)
+    assert "is a folder: give a file in it, aaa.gguf" in refused(sweep_model(tmp_path), tmp_path)
 
 
 def test_model_that_may_not_be_read(

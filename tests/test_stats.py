@@ -65,6 +65,17 @@ def test_the_same_values_give_the_same_interval() -> None:
     assert mean_interval(values) == mean_interval(values.copy())
 
 
+def test_p_is_at_most_5_per_cent_just_when_the_interval_leaves_out_0() -> None:
+    rng = np.random.default_rng(5)
+    values = rng.normal(0, 1, (4, 1023))
+    values -= values.mean()
+    se = mean_interval(values + 1).se
+    assert se is not None
+    intervals = [mean_interval(values + shift * se) for shift in np.linspace(-2.4, 2.4, 400)]
+    assert all(((one.p or 0) <= 0.05) == bool(one.sign) for one in intervals)
+    assert {one.sign for one in intervals} == {-1, 0, 1}
+
+
 def test_too_few_blocks_have_no_interval_and_say_why() -> None:
     interval = mean_interval(np.random.default_rng(1).normal(size=(2, 4 * 93)))
     assert interval.n_blocks == 8 < MIN_BLOCKS

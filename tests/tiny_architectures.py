@@ -28,11 +28,12 @@ class Family:
     change: Callable[[dict[str, np.ndarray]], None] | None = None
 
 
-def write_family(family: Family, path: Path) -> Path:
+def write_family(family: Family, path: Path, name: str = "tiny") -> Path:
     """Write an F16 model of the family that llama.cpp loads."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, family.architecture)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_name(name)
     for key, value in {"context_length": N_CTX, **family.keys}.items():
         add = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array, bool: writer.add_bool}
         add[type(value)](f"{family.architecture}.{key}", value)
@@ -40,8 +41,8 @@ def write_family(family: Family, path: Path) -> Path:
     weights = {name: _weights(name, shape, rng) for name, shape in family.shapes.items()}
     if family.change:
         family.change(weights)
-    for name, values in weights.items():
-        writer.add_tensor(name, values)
+    for tensor, values in weights.items():
+        writer.add_tensor(tensor, values)
     close(writer)
     return path
 

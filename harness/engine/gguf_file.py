@@ -170,6 +170,13 @@ def _metadata(gguf: int) -> dict[str, Any]:
     return metadata
 
 
+def _name(raw: bytes, path: Path) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the tensor name {raw!r} is no UTF-8, the file is damaged: fetch it again") from error
+
+
 def _tensors(gguf: int, path: Path) -> list[TensorInfo]:
     tensors, end = [], 0
     for i in range(ggml.gguf_get_n_tensors(gguf)):
@@ -179,7 +186,7 @@ def _tensors(gguf: int, path: Path) -> list[TensorInfo]:
         size = ggml.gguf_get_tensor_size(gguf, i)
         end = max(end, ggml.gguf_get_tensor_offset(gguf, i) + size)
         type_name = ggml.ggml_type_name(ggml.gguf_get_tensor_type(gguf, i)).decode().lower()
-        tensors.append(TensorInfo(ggml.gguf_get_tensor_name(gguf, i).decode(), tuple(extents), type_name, size))
+        tensors.append(TensorInfo(_name(ggml.gguf_get_tensor_name(gguf, i), path), tuple(extents), type_name, size))
     needed, found = ggml.gguf_get_data_offset(gguf) + end, path.stat().st_size
     if found < needed:
         raise UserError(f"{path} is truncated: {found:,} bytes where its header promises {needed:,}: fetch it again")

@@ -8,10 +8,11 @@ import llama_cpp
 
 from harness.engine.native import log_lines
 
+# Whole lines: the log also repeats texts of the file, such as general.name.
 _ASKED_FOR = re.compile(r"create_tensor: loading tensor (\S+)")
-_ERROR = re.compile(r"error loading model: (.+)")
-_CAUSAL = re.compile(r"causal attn\s+= (\d)")
-_IDLE = re.compile(r"model has unused tensor (\S+) ")
+_ERROR = re.compile(r".*error loading model: (.+)")
+_CAUSAL = re.compile(r"print_info: causal attn\s+= (\d)")
+_IDLE = re.compile(r"model has unused tensor (\S+) \(size = \d+ bytes\) -- ignoring")
 _LEFT_OVER = "wrong number of tensors"  # llama.cpp's words for tensors in the file that nothing asked for
 
 
@@ -31,18 +32,18 @@ def check_load(path: Path, names: tuple[str, ...]) -> LoadCheck:
     asked_for: set[str] = set()
     idle: list[str] = []
     errors: list[str] = []
-    causal = True
+    causal: list[str] = []
 
     def on_line(line: str) -> None:
-        nonlocal causal
-        if match := _ASKED_FOR.search(line):
+        line = line.rstrip()
+        if match := _ASKED_FOR.fullmatch(line):
             asked_for.add(match[1])
-        elif match := _IDLE.search(line):
+        elif match := _IDLE.fullmatch(line):
             idle.append(match[1])
-        elif match := _ERROR.search(line):
+        elif match := _ERROR.fullmatch(line):
             errors.append(match[1].strip())
-        elif match := _CAUSAL.search(line):
-            causal = match[1] != "0"
+        elif match := _CAUSAL.fullmatch(line):
+            causal.append(match[1])  # the first counts: general.name, which may hold such a line, is printed later
 
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
@@ -61,6 +62,6 @@ def check_load(path: Path, names: tuple[str, ...]) -> LoadCheck:
     refusal = None
     if has_encoder:
         refusal = "it has an encoder, and the harness feeds text to decoders only"
-    elif not causal:
+    elif causal[:1] == ["0"]:
         refusal = "its attention is not causal, so it does not predict the next token"
-    return LoadCheck((), tuple(idle), refusal)
+    return LoadCheck((), tuple(name for name in idle if name not in asked_for), refusal)
