@@ -64,4 +64,4 @@ def check_load(path: Path, names: tuple[str, ...]) -> LoadCheck:
         refusal = "it has an encoder, and the harness feeds text to decoders only"
     elif causal[:1] == ["0"]:
         refusal = "its attention is not causal, so it does not predict the next token"
-    return LoadCheck((), tuple(name for name in idle if name not in asked_for), refusal)
+    return LoadCheck((), tuple(idle), refusal)
