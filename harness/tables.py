@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from harness.frames import percent_change
+from harness.record import mode_label
 
 TABLE_COLUMNS = (
     "Quantization",
@@ -109,7 +110,7 @@ def file_table(runs: pd.DataFrame) -> Table:
     """Which file to take, the largest first."""
     rows: list[tuple[str, ...]] = []
     for row in _good(runs[runs["mode"] != "reference"].sort_values("file_bytes", ascending=False)):
-        mode = row["name"].removeprefix(f"{row['quant']}-")
+        mode = mode_label(row["mode"], row["policy"])
         rows.append(
             (
                 f"{row['name']}.gguf",

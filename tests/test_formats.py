@@ -110,7 +110,7 @@ def test_errors_of_delta_p_and_of_the_ppl_difference_by_simulation() -> None:
 
 def run_row(**changes: object) -> dict[str, object]:
     row: dict[str, object] = {"name": "iq1_m-standard", "mode": "standard", "status": "ok", "file_type": "iq1_m"}
-    row |= {"quant": "iq1_m", "mixture": "IQ1_M"}
+    row |= {"policy": None, "mixture": "IQ1_M"}
     row |= {"file_bytes": 5 * GIB, "bpw": 2.0, "ppl": 8.0, "ppl_se": 0.1, "delta_ppl": 1.0, "delta_ppl_se": 0.01}
     row |= {"kld_mean": 0.03, "kld_se": 0.001, "dp_mean_pct": -0.5, "dp_mean_se_pct": 0.01, "dp_rms_pct": 5.0}
     return {**row, "dp_rms_se_pct": 0.05, "dominated_by": None, **changes}
@@ -118,8 +118,8 @@ def run_row(**changes: object) -> dict[str, object]:
 
 def test_the_board_is_sorted_by_kld_and_the_files_by_size() -> None:
     rows = [
-        run_row(name="a", quant="a", mode="dynamicgate", kld_mean=0.3),
-        run_row(name="b-standard", quant="b", file_bytes=GIB),
+        run_row(name="a", mode="dynamicgate", policy="mine", kld_mean=0.3),
+        run_row(name="b-standard", file_bytes=GIB),
         run_row(name="reference", mode="reference"),
     ]
     board = board_table(pd.DataFrame(rows))
@@ -129,7 +129,7 @@ def test_the_board_is_sorted_by_kld_and_the_files_by_size() -> None:
         *("-0.500000 ± 0.010000 %", "5.000000 ± 0.050000 %"),
     )
     files = file_table(pd.DataFrame(rows)).rows
-    assert [row[:2] for row in files] == [("a.gguf", "IQ1_M + a"), ("b-standard.gguf", "IQ1_M")]
+    assert [row[:2] for row in files] == [("a.gguf", "IQ1_M + dynamicgate+mine"), ("b-standard.gguf", "IQ1_M")]
 
 
 def test_recommendations_follow_the_figures() -> None:

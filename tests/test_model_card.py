@@ -454,6 +454,8 @@ def test_files_say_which_types_they_hold() -> None:
     assert "attn_v 12 × Q2_K; ffn_down 9 × Q2_K and 3 × IQ4_XS." in line
     assert "4 tensors with more bits than in the standard file, 0 with fewer." in line
     assert "placebo" not in text, "nobody is told to take a file that is not offered"
+    types = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith("|tiny-")]
+    assert sorted(types) == ["Q2_K", "Q2_K + dynamicgate", "Q4_K_M"]
 
 
 def test_recipes_match_exactly_their_tensor() -> None:
