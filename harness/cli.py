@@ -320,7 +320,7 @@ def _report(arguments: list[str]) -> int:
     """Plain settings of its own, not Hydra's: it must run where only pandas and matplotlib are."""
     from harness.errors import UserError
     from harness.record import RECORDS
-    from harness.report import load_results, write_full_report
+    from harness.report import write_full_report
 
     given: dict[str, list[str]] = {"results": [], "out": [], "allow_different": []}
     for argument in arguments:
@@ -341,7 +341,7 @@ def _report(arguments: list[str]) -> int:
         raise UserError("several sweeps make a new report: say where with out=DIR")
     _require_sweeps(folders)
     out = Path(given["out"][0]).expanduser() if given["out"] else folders[0] / "report"
-    report = write_full_report(load_results(folders, allow_different=given["allow_different"]), out)
+    report = write_full_report(folders, out, given["allow_different"])
     print(report.text)
     print("written:", *report.paths, sep="\n  ")
     return 0

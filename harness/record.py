@@ -3,6 +3,7 @@
 results/README.md documents the fields. The per-token values lie beside the record in an .npz file.
 """
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -110,7 +112,7 @@ class Record:
     def per_token(self) -> dict[str, np.ndarray]:
         """Per-token values, [n_windows, n_scored] each: nll and kld float64, nats; top int32, the likeliest token.
 
-        Read once and kept, so not to be written to. Raises UserError when the side file is missing or not the one that
+        Read once and kept, so read-only. Raises UserError when the side file is missing or not the one that
         was measured.
         """
         return self._per_token
@@ -118,10 +120,11 @@ class Record:
     @cached_property
     def _per_token(self) -> dict[str, np.ndarray]:
         path = self.path.with_suffix(".npz")
-        if not path.is_file() or sha256_file(path) != self.data.get("side_file_sha256"):
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != self.data.get("side_file_sha256"):
             raise UserError(f"{path} is missing or was changed: run the sweep again, it will measure this case anew")
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with np.load(BytesIO(content), allow_pickle=False) as arrays:
                 values = {name: arrays[name] for name in ("nll", "kld", "top") if name in arrays.files}
         except (OSError, ValueError, EOFError, BadZipFile):
             values = {}
@@ -133,6 +136,8 @@ class Record:
             sound = bool(all(np.isfinite(one).all() for one in values.values()) and nll.mean() <= _LARGEST_NLL)
         if not sound:
             raise UserError(f"{path} holds no per-token values: run the sweep again, it will measure this case anew")
+        for value in values.values():
+            value.setflags(write=False)
         return values
 
 
@@ -160,6 +165,11 @@ def mode_label(mode: str, policy: str | None) -> str:
 def record_path(folder: Path, quant: str, mode: str, key: str) -> Path:
     """Where the record of a case is, or would be."""
     return folder / RECORDS / f"{quant}-{mode}-{key[:12]}.json"
+
+
+def record_paths(folder: Path) -> list[Path]:
+    """The record files of a sweep, whole or not."""
+    return sorted((folder / RECORDS).glob("*.json"))
 
 
 def write_record(path: Path, data: dict[str, Any], side: dict[str, np.ndarray]) -> None:
@@ -217,7 +227,7 @@ def newest(records: Iterable[Record], wanted: Collection[str] = ()) -> list[Reco
 def all_records(folder: Path) -> tuple[list[Record], list[str]]:
     """The whole records of a sweep, and what is wrong with each file that is none (or has no per-token values)."""
     records, problems = [], []
-    for path in sorted((folder / RECORDS).glob("*.json")):
+    for path in record_paths(folder):
         try:
             record = read_record(path)
             if record.ok:
