@@ -46,7 +46,9 @@ class Case:
     @property
     def name(self) -> str:
         """For the progress display."""
-        return "reference" if self.plan.file_type is None else f"{self.plan.quant} {self.plan.mode}"
+        if self.plan.file_type is None:
+            return "reference"
+        return f"{self.plan.quant} {mode_label(self.plan.mode, self.plan.policy)}"
 
 
 @dataclass(frozen=True)
@@ -323,9 +325,7 @@ def _require_distinct_names(cases: Iterable[Case]) -> None:
     for case in cases:
         label = (case.plan.quant, case.plan.mode, case.plan.policy)
         if label in seen:
-            raise UserError(
-                f"two cases would be called {case.name} with policy {label[2]}: give each policy its own name"
-            )
+            raise UserError(f"two cases would be called {case.name}: give each policy its own name")
         seen.add(label)
 
 
