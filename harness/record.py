@@ -55,6 +55,10 @@ MAY_DIFFER = (
 )
 
 
+class NewerRecordError(UserError):
+    """A record that a newer harness wrote: to be kept, not to be measured again."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One record as read: its data and the path of its file."""
@@ -182,7 +186,7 @@ def write_record(path: Path, data: dict[str, Any], side: dict[str, np.ndarray]) 
 
 
 def read_record(path: Path) -> Record:
-    """Raises UserError when the file is damaged or of another version."""
+    """Raises UserError when the file is damaged or of another version, NewerRecordError when of a newer one."""
     import json
 
     try:
@@ -198,7 +202,11 @@ def read_record(path: Path) -> Record:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no whole record ({error}): delete it and run the sweep again") from error
     if version != SCHEMA_VERSION:
-        raise UserError(f"{path} has record version {version}, this harness reads {SCHEMA_VERSION}: use that harness")
+        is_newer = isinstance(version, int) and version > SCHEMA_VERSION
+        raise (NewerRecordError if is_newer else UserError)(
+            f"{path} has record version {version}, this harness reads {SCHEMA_VERSION}: use the harness that wrote it, "
+            "or another folder with results.name=NAME"
+        )
     return Record(data, path)
 
 
@@ -265,12 +273,17 @@ def find_record(folder: Path, name: str, sweep_name: str | None = None) -> Recor
 
 
 def is_done(path: Path, key: str) -> bool:
-    """Whether a whole, successful record of this very case is there, with its per-token values."""
+    """Whether a whole, successful record of this very case is there, with its per-token values.
+
+    Raises NewerRecordError on one of a newer harness, which must not be overwritten.
+    """
     if not path.is_file():
         return False
     try:
         record = read_record(path)
         return record.ok and record.data["key"] == key and bool(record.per_token())
+    except NewerRecordError:
+        raise
     except UserError:
         return False
 

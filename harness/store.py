@@ -32,7 +32,10 @@ def sha256_file(path: Path) -> str:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it to `path`."""
+    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it to `path`.
+
+    Raises OSError, which names `path`, where the disk is full or refuses.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.{_machine()}-{os.getpid()}-"
     handle, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=path.parent)
@@ -46,6 +49,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; results are for reading
         temporary.replace(path)
+    except OSError as error:
+        if error.filename in (None, name) and error.errno is not None:  # a failed write names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from harness.engine.native import GgufInitParams, ggml, log_lines
-from harness.errors import UserError
+from harness.errors import UserError, some
 from harness.ggml_types import FILE_TYPES, GGUF_ALIGNMENT
 from harness.header import GgufInfo, TensorInfo, split_parts
 from harness.provenance import KEYS, kv_bytes
@@ -29,8 +29,11 @@ _SCALARS: dict[int, type] = {
 }
 _STRING, _ARRAY = 8, 9
 _UNKNOWN_TYPE = re.compile(r"tensor '(?P<name>[^']*)' has invalid ggml type (?P<type>-?\d+)")
+_REASON = re.compile(r"gguf_\w+: (?P<reason>.+)")  # the first that ggml logs
 _MAX_ARRAY = 4096  # per-layer arrays are short; vocabularies are long and not needed here
 _MAX_STRINGS = 16
+_EXPONENTS = {"f16": ("<u2", 0x7C00), "bf16": ("<u2", 0x7F80), "f32": ("<u4", 0x7F800000)}
+_VERSIONS = (2, 3)
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 
@@ -110,6 +113,38 @@ def read_float_tensors(path: Path) -> dict[str, np.ndarray]:
         ggml.ggml_free(tensor_context)
 
 
+def broken_tensor(path: Path) -> str | None:
+    """The first tensor that holds NaN or infinities, of all parts; None when all float weights are numbers.
+
+    Raises UserError as `read_header`. The file is read once, a few MB at a time.
+    """
+    for part in split_parts(path):
+        gguf, tensor_context = _open(part)
+        try:
+            data_offset = ggml.gguf_get_data_offset(gguf)
+            starts = [data_offset + ggml.gguf_get_tensor_offset(gguf, i) for i in range(ggml.gguf_get_n_tensors(gguf))]
+            tensors = _tensors(gguf, part)
+        finally:
+            ggml.gguf_free(gguf)
+            ggml.ggml_free(tensor_context)
+        for start, tensor in zip(starts, tensors, strict=True):
+            if tensor.type in _EXPONENTS and not _is_finite(part, start, tensor):
+                return tensor.name
+    return None
+
+
+def _is_finite(path: Path, start: int, tensor: TensorInfo) -> bool:
+    """A float is no finite number where all bits of its exponent are set (IEEE 754; bfloat16 likewise)."""
+    word, exponent = _EXPONENTS[tensor.type]
+    step = 1 << 22
+    for first in range(0, tensor.n_weights, step):
+        count = min(step, tensor.n_weights - first)
+        words = np.fromfile(path, word, count, offset=start + first * np.dtype(word).itemsize)
+        if (words & exponent == exponent).any():
+            return False
+    return True
+
+
 def _unpadded_bytes(gguf: int) -> int:
     """Size of the header before its padding: ggml tells only the padded one, which jumps as a key's text grows."""
     probe = "harness.padding"
@@ -129,8 +164,17 @@ def _open(path: Path) -> tuple[int, int]:
         raise UserError(f"no model file at {path}: check model.path")
     with path.open("rb") as file:
         magic = file.read(4)
+        version = file.read(4)
     if magic != b"GGUF":
         raise UserError(f"{path} is no GGUF file (it starts with {magic!r}): give a .gguf model")
+    if len(version) == 4 and int.from_bytes(version, "little") not in _VERSIONS:
+        if int.from_bytes(version, "big") in _VERSIONS:
+            raise UserError(
+                f"{path} is a big-endian GGUF, llama.cpp reads little-endian ones here: give another file, or turn it "
+                "round with gguf-convert-endian of the package gguf"
+            )
+        number = int.from_bytes(version, "little")
+        raise UserError(f"{path} is of GGUF version {number}, this llama.cpp reads 2 and 3: convert the model again")
     context = ctypes.c_void_p()
     # `ctx` of the parameters points to where ggml stores its context; the descriptors of the tensors live there.
     parameters = GgufInitParams(True, ctypes.cast(ctypes.byref(context), ctypes.c_void_p))
@@ -144,7 +188,11 @@ def _open(path: Path) -> tuple[int, int]:
                 f"{path}: {unknown['name']} has the tensor type {unknown['type']}, which this llama.cpp does not know: "
                 "a fork or a newer release wrote it, give another file"
             )
-        raise UserError(f"{path}: ggml cannot read this GGUF header, the file is damaged or truncated: fetch it again")
+        reasons = [match["reason"] for line in said if (match := _REASON.fullmatch(line))]
+        reason = f" ({some(reasons[:1])})" if reasons else ""
+        raise UserError(
+            f"{path}: ggml cannot read this GGUF header{reason}, the file is damaged or truncated: fetch it again"
+        )
     return gguf, context.value or 0
 
 
