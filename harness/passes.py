@@ -5,8 +5,6 @@
 
 import json
 import math
-import zipfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.store import write_json, write_npz
+from harness.store import read_npz, write_json, write_npz
 
 SPEED_VERSION = 1
 SPEED_UBATCH_TOKENS = 512  # llama-bench's default
@@ -90,13 +88,15 @@ def write_layers(record_path: Path, case_key: str, layers_key: str, layers: np.n
 
 def read_layers(record_path: Path, case_key: str) -> tuple[str, np.ndarray, np.ndarray] | None:
     """layers_key, layers and errors as written; None when they are not there, damaged, or those of another case."""
-    try:
-        with layers_path(record_path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            (of_case, layers_key), layers, errors = arrays["keys"].tolist(), arrays["layers"], arrays["errors"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+    found = read_npz(layers_path(record_path))
+    if found is None or {"keys", "layers", "errors"} - set(found):
         return None
-    whole = layers.ndim == 1 and errors.ndim == 3 and len(layers) == len(errors) and errors.size
-    return (layers_key, layers, errors) if of_case == case_key and whole else None
+    keys, layers, errors = found["keys"], found["layers"], found["errors"]
+    if keys.shape != (2,) or keys.dtype.kind != "U" or str(keys[0]) != case_key:
+        return None
+    numbers = layers.dtype.kind == "i" and errors.dtype.kind == "f" and np.isfinite(errors).all()
+    whole = numbers and layers.ndim == 1 and errors.ndim == 3 and len(layers) == len(errors) and errors.size
+    return (str(keys[1]), layers, errors) if whole else None
 
 
 def _read_pass(path: Path) -> SpeedPass | None:

@@ -75,13 +75,22 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_npz(path: Path, **arrays: Any) -> None:
-    """Atomically; read it back with np.load(path, allow_pickle=False)."""
+    """Atomically; `read_npz` reads it back."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             np.savez(file, **arrays)
 
     write_atomic(path, write)
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a file by name; None when it is missing, damaged, or holds anything but plain arrays."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception:  # numpy, zipfile and its decompressors raise a dozen kinds on bytes of others
+        return None
 
 
 class Cache:

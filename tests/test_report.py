@@ -583,7 +583,8 @@ def test_unlike_records_are_refused_and_nothing_is_written(tmp_path: Path, name:
     path = put(tmp_path, "iq2_s", "standard")
     data = json.loads(path.read_text())
     group, field = name.split(".")
-    data[group][field] = another = 987 if field in ("n_windows", "window_tokens") else "another"
+    another = {str: "another", int: 987, bool: False}[type(data[group].get(field, True))]
+    data[group][field] = another
     path.write_text(json.dumps(data))
     with pytest.raises(UserError) as caught:
         write_report(tmp_path)
@@ -595,7 +596,6 @@ def test_unlike_records_are_refused_and_nothing_is_written(tmp_path: Path, name:
 
 HOSTILE: dict[str, Any] = {
     "variant": None,
-    "variant.file_bytes": "many",
     "variant.bpw": 1e300,
     "variant.n_lowered": -1,
     "findings": [{"kind": "x"}],
@@ -604,6 +604,23 @@ HOSTILE: dict[str, Any] = {
     "created_utc": 7,
     "mode": "reference",
     "reference.name": None,
+    "reference.file_type": 1,
+    "reference.architecture": "a\x1b[2Jb",
+    "file_type": True,
+    "variant.file_bytes": 0,
+    "variant.n_params": 1.5,
+    "variant.embedding_type": ["q4_k"],
+    "variant.tensors": {"a": {"type": "q4_k", "standard": "no type"}},
+    "settings.threads": "2; rm -rf x",
+    "settings.flash_attention": None,
+    "settings": None,
+    "versions": {"llama_cpp_python": None},
+    "environment.machine": ["one"],
+    "environment.memory_bytes": "much",
+    "timings": {"pass_s": "long"},
+    "timings.load_s": -1,
+    "peak_rss_bytes": 0.5,
+    "calibration": {"name": "x"},
 }
 
 
