@@ -128,8 +128,11 @@ def _member(wheel: Path, name: str) -> Iterator[bytes]:
     its own. Raises UserError when it is not there, damaged or too large."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            if archive.getinfo(name).file_size > _MAX_MEMBER_BYTES:
+            entry = archive.getinfo(name)
+            if entry.file_size > _MAX_MEMBER_BYTES:
                 raise UserError(f"{wheel.name}: {name} unpacks to more than {_MAX_MEMBER_BYTES:,} bytes: not used")
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # LZMA may ask for 4 GB to unpack
+                raise UserError(f"{wheel.name}: {name} is not packed as wheels are (deflate): not used")
             with archive.open(name) as member:  # reads at most the size that was just checked
                 while block := member.read(_COPY_BLOCK):
                     yield block

@@ -164,14 +164,12 @@ def test_broken_wheels_leave_nothing(serve: Serve, cache: Cache, tmp_path: Path,
     assert_nothing_is_left(cache)
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_damage_to_any_compression_is_one_line(serve: Serve, cache: Cache, tmp_path: Path, method: int) -> None:
-    content = np.random.default_rng(0).bytes(500).hex().encode()
-    path = archive(tmp_path / "w.zip", {"a.txt": content}, method)
-    path.write_bytes(damaged(path.read_bytes()))
-    serve(words=path)
-    with pytest.raises(UserError, match=r"w\.zip holds no a\.txt"):
-        sources.wheel_file(WheelConfig("words==1.0", "a.txt", sha256=sha256(content)), cache, silent)
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_other_ways_of_packing_are_refused(serve: Serve, cache: Cache, tmp_path: Path, method: int) -> None:
+    """The few bytes in front of LZMA's data say how much memory to take, up to 4 GB."""
+    serve(words=archive(tmp_path / "w.zip", {"a.txt": b"the"}, method))
+    with pytest.raises(UserError, match=r"w\.zip: a\.txt is not packed as wheels are"):
+        sources.wheel_file(WheelConfig("words==1.0", "a.txt", sha256=sha256(b"the")), cache, silent)
     assert_nothing_is_left(cache)
 
 
