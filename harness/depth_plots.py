@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from harness.plot_frames import series_of
 from harness.plots import DPI, WIDTH_INCHES, heading, log_axis, styles
@@ -154,6 +154,8 @@ def plot_kld_distribution(quantiles: pd.DataFrame, title: str) -> Figure:
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(LogFormatter())  # plain: formulas are off, see `harness.pictures`
+    axes.xaxis.set_minor_formatter(LogFormatter())
     axes.set_xlabel("KLD of a token (nats)")
     axes.grid(alpha=0.3, axis="x")
     what = "line: 5 to 95 % of the tokens, thick: 25 to 75 %, ticks: 99 and 99.9 %"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from harness.report import Results
 
 _TYPES_A_PICTURE = 6  # quants
+_PLAIN_TEXT: dict[Any, Any] = {"text.parse_math": False}  # names may hold a $, which is no formula
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ class Picture:
     @cached_property
     def figure(self) -> Figure:
         """Drawn once, however many formats are written."""
-        return self.draw()
+        with rc_context(_PLAIN_TEXT):
+            return self.draw()
 
     def save(self, path: Path, kind: str) -> None:
         """kind: png or svg. The same figure gives the same bytes; text in an SVG stays text."""
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
+        with rc_context({**_PLAIN_TEXT, "svg.fonttype": "none", "svg.hashsalt": self.name}):
             self.figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)
         self.figure.set_layout_engine("none")  # laid out once: the next format needs no second time
 

@@ -176,7 +176,7 @@ def write_report(folder: Path, wanted: Collection[str] = (), allow_different: Co
     text = _table_text(results)
     written.text("runs.csv", _runs_csv(results.runs))
     written.text("table.csv", results.comparison.to_csv(index=False))
-    written.text("table.md", text)
+    written.text("table.md", _without_tags(text))
     written.text("findings.json", json.dumps(results.findings, indent=1) + "\n")
     if len(results.speed):
         written.text("speed.csv", results.speed.to_csv(index=False))
@@ -196,7 +196,7 @@ def write_full_report(results: Results, folder: Path) -> Report:
     written = _Written(folder)
     text = _table_text(results)
     tables = {**results.tables, **results.more_tables}
-    written.text("table.md", text)
+    written.text("table.md", _without_tags(text))
     written.text("findings.json", json.dumps(results.findings, indent=1) + "\n")
     for name, table in tables.items():
         written.text(f"{name}.md", markdown(table) + "\n")
@@ -250,6 +250,11 @@ def _draw(
         for kind in formats:
             written.file(f"{picture.name}.{kind}", partial(picture.save, kind=kind))
     return [picture.caption for picture in drawn]
+
+
+def _without_tags(text: str) -> str:
+    """Markdown takes a name that holds a tag for one."""
+    return text.replace("<", "&lt;")
 
 
 def _facts(results: Results) -> dict[str, dict[str, Any]]:

@@ -467,7 +467,20 @@ _ODD: tuple[Any, ...] = (
         "q4_k",
         "failed",
     ),
-    *("<script>x</script>", "a\nb\x1b[2J", "../../x", "\udcff", "|" * 200, [], {}, [None], {"x": None}, [[]], [1, "x"]),
+    *(
+        "<script>x</script>",
+        "$\\frac{$",
+        "a\nb\x1b[2J",
+        "../../x",
+        "\udcff",
+        "|" * 200,
+        [],
+        {},
+        [None],
+        {"x": None},
+        [[]],
+        [1, "x"],
+    ),
     *("2026-01-02T03:04:05.678901+00:00", "reference", "standard", "dynamicgate", "placebo", "iq1_m", "q2_k"),
 )
 
