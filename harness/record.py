@@ -21,6 +21,7 @@ from harness.record_check import record_flaw
 from harness.store import read_npz, sha256_file, write_json, write_npz
 
 SCHEMA_VERSION = 1
+MAX_BYTES = 64 << 20  # of a record; those of large mixtures have about 0.2 MB
 _LARGEST_NLL = 700.0  # exp of it is close to the largest float64
 RECORDS = "records"  # folder below the sweep's folder
 
@@ -130,6 +131,8 @@ def read_record(path: Path) -> Record:
     import json
 
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES >> 20} MiB")
         data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         version = data["schema_version"]
         missing = [name for name in REQUIRED if name not in data]

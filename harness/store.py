@@ -85,9 +85,12 @@ def write_npz(path: Path, **arrays: Any) -> None:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a file by name; None when it is missing, damaged, or holds anything but plain arrays."""
+    """The arrays of a file by name; None when it is missing, damaged, or holds anything but plain arrays as they are:
+    packed ones could unpack to a thousand times the file."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            if sum(entry.file_size for entry in arrays.zip.infolist()) > path.stat().st_size:
+                return None
             return {name: arrays[name] for name in arrays.files}
     except Exception:  # numpy, zipfile and its decompressors raise a dozen kinds on bytes of others
         return None

@@ -5,11 +5,15 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+import llama_cpp
 import pytest
 
-from harness.engine.gguf_file import read_header
+from harness.engine.gguf_file import read_float_tensors, read_header, read_metadata
+from harness.engine.native import ggml
 from harness.errors import UserError
 from harness.gguf_check import MAX_KEYS, MAX_TENSORS, check_gguf, check_header
+from harness.imatrix import read_imatrix
+from harness.reference import read_header_json
 
 F32, Q8_0, U32, F32_VALUE, STRING, ARRAY = 0, 8, 4, 6, 8, 9
 
@@ -129,6 +133,24 @@ def test_types_of_no_file_are_refused(type_id: int) -> None:
     """q8_1 and q8_k (9, 15) are ggml's own, for sums; the others were taken away or never given."""
     with pytest.raises(UserError, match=f"x.gguf: a has the tensor type {type_id}, .* give another file"):
         check_header(file(tensor(b"a", 256, kind=type_id), n_data=4096), "x.gguf")
+
+
+@pytest.mark.parametrize("data", [b"", b"GGUF", DAMAGED["an overlap"][0], file(*TWO, n_data=32)])
+def test_neither_ggml_nor_llama_cpp_is_given_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    """Every reader of models, of parts, of `policy=like` and of imatrices checks first."""
+    monkeypatch.setattr(ggml, "gguf_init_from_file", None)
+    monkeypatch.setattr(llama_cpp, "llama_model_load_from_file", None)
+    (tmp_path / "m-00002-of-00002.gguf").write_bytes(data)
+    (tmp_path / "m-00001-of-00002.gguf").write_bytes(data)
+    (tmp_path / "x.gguf").write_bytes(data)
+    for read in (read_header, read_metadata, read_float_tensors, read_imatrix, read_header_json):
+        with pytest.raises(UserError):
+            read(tmp_path / "x.gguf")
+    for read in (read_header, read_header_json):
+        with pytest.raises(UserError):
+            read(tmp_path / "m-00001-of-00002.gguf")
 
 
 def test_a_missing_byte_is_told() -> None:

@@ -241,6 +241,24 @@ def test_a_side_file_that_is_vouched_for_may_be_no_npz(tmp_path: Path, damage: C
         read_record(path).per_token()
 
 
+def test_what_unpacks_to_more_than_it_takes_is_refused(tmp_path: Path) -> None:
+    path = put(tmp_path)
+    side = path.with_suffix(".npz")
+    np.savez_compressed(side, **{**SIDE, "more": np.zeros(1_000_000)})
+    assert side.stat().st_size < 10_000
+    path.write_text(json.dumps({**json.loads(path.read_text()), "side_file_sha256": sha256_file(side)}))
+    with pytest.raises(UserError, match="holds no per-token values"):
+        read_record(path).per_token()
+
+
+def test_a_huge_record_is_not_read(tmp_path: Path) -> None:
+    path = put(tmp_path)
+    with path.open("rb+") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(UserError, match="more than 64 MiB"):
+        read_record(path)
+
+
 def test_a_missing_side_file_is_not_done(tmp_path: Path) -> None:
     path = put(tmp_path)
     path.with_suffix(".npz").unlink()
