@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: give a target: all, {', '.join(TARGETS)}; and seconds or a file", file=sys.stderr)
         return 2
     if not value.isdigit():
+        TARGETS[name].seeds()  # makes what the target stands on
         with tempfile.TemporaryDirectory() as folder:
             run(TARGETS[name], Path(value).read_bytes(), Path(folder))
         return 0

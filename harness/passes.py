@@ -3,8 +3,6 @@
 `speed/<id>.json`: one timing pass, its cases timed side by side. `layers/<record>.npz`: errors of the hidden states.
 """
 
-import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from harness.store import read_npz, write_json, write_npz
+from harness.record_check import is_map, is_number, is_plain, is_positive, is_text
+from harness.store import read_json, read_npz, write_json, write_npz
 
 SPEED_VERSION = 1
+_SHORTEST_S, _LONGEST_S = 1e-9, 1e9
 SPEED_UBATCH_TOKENS = 512  # llama-bench's default
 
 
@@ -100,28 +100,32 @@ def read_layers(record_path: Path, case_key: str) -> tuple[str, np.ndarray, np.n
 
 
 def _read_pass(path: Path) -> SpeedPass | None:
+    """None when the file, which may be anybody's, is damaged or holds what no pass writes."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["schema_version"] != SPEED_VERSION:
+        data = read_json(path)
+        settings, environment = data["settings"], data["environment"]
+        numbers = ("prompt_tokens", "generate_tokens", "ubatch_tokens", "threads")
+        sound = (
+            *(data["schema_version"] == SPEED_VERSION, is_text(path.stem), is_text(data["created_utc"])),
+            *(is_map(settings), *(is_positive(settings[name]) for name in numbers)),
+            *(isinstance(settings["flash_attention"], bool), is_map(environment)),
+            *(is_plain(environment.get("machine")), is_plain(environment.get("cpu"))),
+            *(is_number(data["other_cpu_share"]), all(map(is_text, data["skipped"].values()))),
+        )
+        if not all(sound):
             return None
-        settings = data["settings"]
-        sizes = (int(settings["prompt_tokens"]), int(settings["generate_tokens"]))
+        sizes = (settings["prompt_tokens"], settings["generate_tokens"])
         cases = {
             key: Timing(path.stem, *sizes, *(tuple(map(float, one[n])) for n in ("load_s", "prompt_s", "generate_s")))
             for key, one in data["cases"].items()
         }
         for timing in cases.values():
             rounds = (timing.load_s, timing.prompt_s, timing.generate_s)
-            if any(len(one) < 2 or not all(math.isfinite(s) and s > 0 for s in one) for one in rounds):
+            if len(set(map(len, rounds))) != 1 or len(timing.load_s) < 2:
                 return None
-        return SpeedPass(
-            path.stem,
-            str(data["created_utc"]),
-            settings,
-            dict(data["environment"]),
-            float(data["other_cpu_share"]),
-            cases,
-            {str(key): str(reason) for key, reason in data["skipped"].items()},
-        )
+            if not all(_SHORTEST_S < s < _LONGEST_S for one in rounds for s in one):
+                return None
+        share = float(data["other_cpu_share"])
+        return SpeedPass(path.stem, data["created_utc"], settings, environment, share, cases, data["skipped"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

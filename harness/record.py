@@ -18,10 +18,9 @@ import numpy as np
 from harness import __version__
 from harness.errors import UserError, nearest
 from harness.record_check import record_flaw
-from harness.store import read_npz, sha256_file, write_json, write_npz
+from harness.store import read_json, read_npz, sha256_file, write_json, write_npz
 
 SCHEMA_VERSION = 1
-MAX_BYTES = 64 << 20  # of a record; those of large mixtures have about 0.2 MB
 _LARGEST_NLL = 700.0  # exp of it is close to the largest float64
 RECORDS = "records"  # folder below the sweep's folder
 
@@ -128,12 +127,8 @@ def write_record(path: Path, data: dict[str, Any], side: dict[str, np.ndarray]) 
 
 def read_record(path: Path) -> Record:
     """Raises UserError when the file is damaged or of another version."""
-    import json
-
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES >> 20} MiB")
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        data = read_json(path)
         version = data["schema_version"]
         missing = [name for name in REQUIRED if name not in data]
         if missing and version == SCHEMA_VERSION:
@@ -142,18 +137,11 @@ def read_record(path: Path) -> Record:
             isinstance(data[name], str) or (name == "policy" and data[name] is None) for name in REQUIRED
         ):
             raise TypeError(f"one of {', '.join(REQUIRED)} is no text")
-        json.dumps(
-            data, allow_nan=False, ensure_ascii=False
-        ).encode()  # 1e999 and half of a surrogate pair pass for JSON
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no whole record ({error}): delete it and run the sweep again") from error
     if version != SCHEMA_VERSION:
         raise UserError(f"{path} has record version {version}, this harness reads {SCHEMA_VERSION}: use that harness")
     return Record(data, path)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
 
 
 def read_records(folder: Path, wanted: Collection[str] = ()) -> list[Record]:

@@ -16,6 +16,8 @@ import numpy as np
 
 from harness.errors import UserError
 
+MAX_JSON_BYTES = 64 << 20  # records of large mixtures have about 0.2 MB
+
 
 def key_of(*parts: Any) -> str:
     """sha256 of the parts as canonical JSON, 64 hex digits. The identity of everything that is cached or recorded."""
@@ -82,6 +84,16 @@ def write_npz(path: Path, **arrays: Any) -> None:
             np.savez(file, **arrays)
 
     write_atomic(path, write)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says that may be anybody's. Raises OSError, ValueError (too large, no JSON, or what could not be
+    written again: NaN, 1e999, half of a surrogate pair) and RecursionError."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"it has more than {MAX_JSON_BYTES >> 20} MiB")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    json.dumps(data, allow_nan=False, ensure_ascii=False).encode()
+    return data
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray] | None:

@@ -607,7 +607,7 @@ HOSTILE: dict[str, Any] = {
     "reference.name": None,
     "reference.file_type": 1,
     "reference.architecture": "a\x1b[2Jb",
-    "file_type": True,
+    "file_type": None,
     "variant.file_bytes": 0,
     "variant.n_params": 1.5,
     "variant.embedding_type": ["q4_k"],
