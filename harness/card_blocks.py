@@ -215,7 +215,7 @@ def method_block(offer: Offer) -> str:
         else f"{calibration['name']}, {calibration['n_windows']} windows of {calibration['window_tokens']} tokens",
         "Software": f"gguf-harness {environment.get('harness')}{commit}; llama-cpp-python "
         f"{versions['llama_cpp_python']}; {settings['ubatch_tokens']} tokens at a time, flash attention "
-        f"{'on' if settings['flash_attention'] else 'off'}",
+        f"{'on' if settings.get('flash_attention', True) else 'off'}",
         "Machine": "; ".join(str(one) for one in machine if one),
         "Speed": "a timing pass of its own, every file in turn, several rounds; the median counts"
         if len(results.speed)
@@ -439,7 +439,8 @@ def _commands(offer: Offer) -> str:
         *_calibration_windows(calibration),
         *([f"measure.first_scored={settings['first_scored']}"] if settings["first_scored"] != half else []),
         f"measure.ubatch_tokens={settings['ubatch_tokens']} "
-        f"measure.flash_attention={str(settings['flash_attention']).lower()} runtime.threads={settings['threads']}",
+        f"measure.flash_attention={str(settings.get('flash_attention', True)).lower()} "
+        f"runtime.threads={settings['threads']}",
     ]
     groups: dict[tuple[str, str | None], list[str]] = {}
     for record in offer.variants:

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def converter_members(sdist: Path) -> Iterable[tuple[str, bytes]]:
                 if file is None or member.size > _LARGEST_MEMBER_BYTES or len(found) >= _LARGEST_N_MEMBERS:
                     raise UserError(f"{sdist.name}: {some([member.name])} is too much for a converter: not used")
                 found[match[1]] = file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
         raise UserError(f"{sdist.name} is no source archive ({error}): not used") from error
     if _SCRIPT not in found:
         raise UserError(f"{sdist.name} has no {_SCRIPT}: not used")

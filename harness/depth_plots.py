@@ -145,6 +145,8 @@ def plot_layers(layers: pd.DataFrame, title: str) -> Figure:
 
 def plot_kld_distribution(quantiles: pd.DataFrame, title: str) -> Figure:
     """How the KLD of single tokens is spread: a line with its quantiles for each variant, log axis."""
+    from matplotlib.ticker import LogFormatter
+
     figure = new_figure(1.9 + 0.25 * len(quantiles))
     axes = figure.subplots()
     kinds = styles(quantiles.series)
@@ -161,6 +163,8 @@ def plot_kld_distribution(quantiles: pd.DataFrame, title: str) -> Figure:
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(LogFormatter())  # plain: formulas are off, see `harness.pictures`
+    axes.xaxis.set_minor_formatter(LogFormatter())
     axes.set_xlabel("KLD of a token (nats)")
     axes.grid(alpha=0.3, axis="x")
     what = "line: 5 to 95 % of the tokens, thick: 25 to 75 %, ticks: 99 and 99.9 %"

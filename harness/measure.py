@@ -1,8 +1,6 @@
 """Scores windows through the engine: per-token nll and KLD, timings. Runs in a child process."""
 
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ import numpy as np
 
 from harness import metrics
 from harness.errors import EngineError
-from harness.store import Cache, write_atomic, write_npz
+from harness.store import Cache, read_npz, write_atomic, write_npz
 
 _BROKEN_NLL = 700.0  # exp of it is close to the largest float64
 
@@ -117,14 +115,9 @@ class RowReader:
 
 def _read_window(path: Path, n_scored: int) -> dict[str, np.ndarray] | None:
     """Stored values of one window; None when there are none, or no whole ones."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            values = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None
-    return (
-        values if {"nll", "top", "decode_s", "pass_s"} <= set(values) and values["nll"].shape == (n_scored,) else None
-    )
+    values = read_npz(path)
+    whole = values is not None and {"nll", "top", "decode_s", "pass_s"} <= set(values)
+    return values if values is not None and whole and values["nll"].shape == (n_scored,) else None
 
 
 def window_path(folder: Path, i: int) -> Path:

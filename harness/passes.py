@@ -3,10 +3,6 @@
 `speed/<id>.json`: one timing pass, its cases timed side by side. `layers/<record>.npz`: errors of the hidden states.
 """
 
-import json
-import math
-import zipfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from harness.store import write_json, write_npz
+from harness.record_check import is_map, is_number, is_plain, is_positive, is_text
+from harness.store import read_json, read_npz, write_json, write_npz
 
 SPEED_VERSION = 1
+_SHORTEST_S, _LONGEST_S = 1e-9, 1e9
 SPEED_UBATCH_TOKENS = 512  # llama-bench's default
 
 
@@ -90,38 +88,44 @@ def write_layers(record_path: Path, case_key: str, layers_key: str, layers: np.n
 
 def read_layers(record_path: Path, case_key: str) -> tuple[str, np.ndarray, np.ndarray] | None:
     """layers_key, layers and errors as written; None when they are not there, damaged, or those of another case."""
-    try:
-        with layers_path(record_path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            (of_case, layers_key), layers, errors = arrays["keys"].tolist(), arrays["layers"], arrays["errors"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+    found = read_npz(layers_path(record_path))
+    if found is None or {"keys", "layers", "errors"} - set(found):
         return None
-    whole = layers.ndim == 1 and errors.ndim == 3 and len(layers) == len(errors) and errors.size
-    return (layers_key, layers, errors) if of_case == case_key and whole else None
+    keys, layers, errors = found["keys"], found["layers"], found["errors"]
+    if keys.shape != (2,) or keys.dtype.kind != "U" or str(keys[0]) != case_key:
+        return None
+    numbers = layers.dtype.kind == "i" and errors.dtype.kind == "f" and np.isfinite(errors).all()
+    whole = numbers and layers.ndim == 1 and errors.ndim == 3 and len(layers) == len(errors) and errors.size
+    return (str(keys[1]), layers, errors) if whole else None
 
 
 def _read_pass(path: Path) -> SpeedPass | None:
+    """None when the file, which may be anybody's, is damaged or holds what no pass writes."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["schema_version"] != SPEED_VERSION:
+        data = read_json(path)
+        settings, environment = data["settings"], data["environment"]
+        numbers = ("prompt_tokens", "generate_tokens", "ubatch_tokens", "threads")
+        sound = (
+            *(data["schema_version"] == SPEED_VERSION, is_text(path.stem), is_text(data["created_utc"])),
+            *(is_map(settings), *(is_positive(settings[name]) for name in numbers)),
+            *(isinstance(settings["flash_attention"], bool), is_map(environment)),
+            *(is_plain(environment.get("machine")), is_plain(environment.get("cpu"))),
+            *(is_number(data["other_cpu_share"]), all(map(is_text, data["skipped"].values()))),
+        )
+        if not all(sound):
             return None
-        settings = data["settings"]
-        sizes = (int(settings["prompt_tokens"]), int(settings["generate_tokens"]))
+        sizes = (settings["prompt_tokens"], settings["generate_tokens"])
         cases = {
             key: Timing(path.stem, *sizes, *(tuple(map(float, one[n])) for n in ("load_s", "prompt_s", "generate_s")))
             for key, one in data["cases"].items()
         }
         for timing in cases.values():
             rounds = (timing.load_s, timing.prompt_s, timing.generate_s)
-            if any(len(one) < 2 or not all(math.isfinite(s) and s > 0 for s in one) for one in rounds):
+            if len(set(map(len, rounds))) != 1 or len(timing.load_s) < 2:
                 return None
-        return SpeedPass(
-            path.stem,
-            str(data["created_utc"]),
-            settings,
-            dict(data["environment"]),
-            float(data["other_cpu_share"]),
-            cases,
-            {str(key): str(reason) for key, reason in data["skipped"].items()},
-        )
+            if not all(_SHORTEST_S < s < _LONGEST_S for one in rounds for s in one):
+                return None
+        share = float(data["other_cpu_share"])
+        return SpeedPass(path.stem, data["created_utc"], settings, environment, share, cases, data["skipped"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

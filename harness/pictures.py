@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _TYPES_A_PICTURE = 6  # quants
 _MANY_RECORDS = 100  # of fewer, the start of other processes takes longer than the drawing
+_PLAIN_TEXT: dict[Any, Any] = {"text.parse_math": False}  # names may hold a $, which is no formula
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,16 @@ class Picture:
     @cached_property
     def figure(self) -> Figure:
         """Drawn once, however many formats are written."""
-        return self.draw()
+        from matplotlib import rc_context
+
+        with rc_context(_PLAIN_TEXT):
+            return self.draw()
 
     def save(self, path: Path, kind: str) -> None:
         """kind: png or svg. The same figure gives the same bytes; text in an SVG stays text."""
         from matplotlib import rc_context
 
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
+        with rc_context({**_PLAIN_TEXT, "svg.fonttype": "none", "svg.hashsalt": self.name}):
             self.figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)
         self.figure.set_layout_engine(None)  # laid out once: the next format needs no second time
 

@@ -5,7 +5,6 @@ A rule is a mapping: `name`, `type` or `bump`, and any of the conditions `file_t
 decides; where none does, the steps of all bump rules that hold add up on a ladder of types. docs/policies.md explains.
 """
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from harness.recipes import MAX_PATTERNS, check_pattern, is_found, is_whole_name
 
 _CONDITIONS = ("file_types", "roles", "tensors", "depth", "ends", "min_gqa", "min_experts", "max_experts")
 _KEYS = ("name", "type", "bump", *_CONDITIONS)
+_LARGEST = 1e9  # of a number in a condition
 _DEPTH = re.compile(r"(\d{1,6})(?:/(\d{1,6}))?\.\.(\d{1,6})(?:/(\d{1,6}))?")
 
 Fraction = tuple[int, int]  # numerator, denominator
@@ -218,7 +218,7 @@ def _names(raw: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
 def _number(raw: dict[str, Any], key: str, where: str) -> float | None:
     value = raw.get(key)
     if value is not None and (
-        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+        isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST < value < _LARGEST
     ):
         raise UserError(f"{where}: {key} must be a number, not {shown(value)}")
     return value

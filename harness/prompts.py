@@ -2,6 +2,8 @@
 
 import glob
 import hashlib
+import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from harness.config import TextConfig, text_label
-from harness.errors import UserError
+from harness.errors import EngineError, UserError
 from harness.isolate import run_in_child
 from harness.store import Cache, key_of
 
@@ -59,7 +61,11 @@ def load_windows(
 
     def make(target: Path) -> dict[str, Any]:
         log = cache.path("logs", f"tokenize-{group}", ".log")
-        return run_in_child(_cut, text, group, file, model, target, log_path=log)
+        try:
+            return run_in_child(_cut, text, group, file, model, target, log_path=log)
+        except EngineError as error:
+            label = text_label(text)
+            raise UserError(f"the text of {group} ({label}) cannot be made tokens of: {error.with_log}") from error
 
     path = cache.make("windows", key, ".npy", make)
     return Windows(text_label(text), np.load(path, allow_pickle=False), **cache.facts(path))
@@ -90,6 +96,8 @@ def read_text(text: TextConfig, group: str, file: Path | None) -> str:
     try:
         if file and not file.stat().st_size:
             return ""  # `datasets` wants something to read
+        if file and kind == "json":
+            _require_rows(file)
         import datasets
 
         datasets.disable_progress_bars()
@@ -123,6 +131,22 @@ def read_text(text: TextConfig, group: str, file: Path | None) -> str:
     return text.join.join(parts)
 
 
+def _require_rows(file: Path) -> None:
+    """pyarrow, with which `datasets` reads JSON, ends the process at rows that are no objects (release 26.0.1). Rows:
+    objects one after the other, or one list of objects or of texts. Raises ValueError and RecursionError."""
+    text, kinds, n, at = file.read_text(encoding="utf-8-sig"), set(), 0, 0
+    value, decoder = None, json.JSONDecoder()
+    while (at := _SPACE.match(text, at).end()) < len(text):  # type: ignore[union-attr]
+        value, at = decoder.raw_decode(text, at)
+        kinds.add(type(value))
+        n += 1
+    if n == 1 and isinstance(value, list):
+        kinds = {str if row is None else type(row) for row in value}
+        kinds = {dict} if kinds == {str} else kinds
+    if kinds - {dict}:
+        raise ValueError("its rows are no JSON objects")
+
+
 def _cut(text: TextConfig, group: str, file: Path | None, model: Path, target: Path) -> dict[str, Any]:
     from harness.engine.model import tokenize
 
@@ -147,6 +171,7 @@ def _cut(text: TextConfig, group: str, file: Path | None, model: Path, target: P
     }
 
 
+_SPACE = re.compile(r"[ \t\r\n]*")
 _FORMATS: dict[str, str] = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 

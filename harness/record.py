@@ -11,20 +11,18 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from harness import __version__
 from harness.errors import UserError, nearest
-from harness.ggml_types import FILE_TYPES, GGML_TYPES
-from harness.store import sha256_file, write_json, write_npz
+from harness.record_check import record_flaw
+from harness.store import read_json, read_npz, sha256_file, write_json, write_npz
 
 SCHEMA_VERSION = 1
-_LARGEST, _LARGEST_NLL = 1e18, 700.0  # exp of the latter is close to the largest float64
+_LARGEST_NLL = 700.0  # exp of it is close to the largest float64
 RECORDS = "records"  # folder below the sweep's folder
 
 # Without these a file is no record.
@@ -85,33 +83,7 @@ class Record:
     @property
     def flaw(self) -> str | None:
         """What a table cannot use about this record; None when it is sound. A record may be anybody's file."""
-        texts = ("quant", "mode", "created_utc", "key", "reference.name", "prompt_set.name")
-        numbers = (
-            *("file_bytes", "n_params", "bpw", "n_fallback", "fallback_share", "n_quantizable", "n_lowered"),
-            *("n_raised",),
-        )
-        for name in texts:
-            if not isinstance(field(self.data, name), str):
-                return f"{name} is no text"
-        for name in (*(f"variant.{one}" for one in numbers), "prompt_set.n_windows", "prompt_set.window_tokens"):
-            value = field(self.data, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _LARGEST:
-                return f"{name} is no sensible number"
-        if not isinstance(self.data["policy"], str | None) or (self.data["mode"] == "reference") != (
-            self.data["quant"] == "reference"
-        ):
-            return "quant, mode and policy do not fit together"
-        if not isinstance(self.data.get("environment"), dict) or {"dirty", "machine", "cpu"} - set(
-            self.data["environment"]
-        ):
-            return "environment is incomplete"
-        if not _is_mixture(self.data.get("mixture")):
-            return "mixture is none that a quant can have"
-        findings = self.data.get("findings")
-        parts = {"kind", "what", "why", "todo"}
-        if not isinstance(findings, list) or not all(isinstance(one, dict) and parts <= set(one) for one in findings):
-            return "findings are incomplete"
-        return None
+        return record_flaw(self.data)
 
     def per_token(self) -> dict[str, np.ndarray]:
         """Per-token values, [n_windows, n_scored] each: nll and kld float64, nats; top int32, the likeliest token.
@@ -127,11 +99,8 @@ class Record:
         content = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(content).hexdigest() != self.data.get("side_file_sha256"):
             raise UserError(f"{path} is missing or was changed: run the sweep again, it will measure this case anew")
-        try:
-            with np.load(BytesIO(content), allow_pickle=False) as arrays:
-                values = {name: arrays[name] for name in ("nll", "kld", "top") if name in arrays.files}
-        except (OSError, ValueError, EOFError, BadZipFile):
-            values = {}
+        arrays = read_npz(content) or {}
+        values: dict[str, np.ndarray] = {name: arrays[name] for name in ("nll", "kld", "top") if name in arrays}
         nll = values.get("nll", np.empty(0))
         numbers = all(one.dtype.kind in "fi" and one.shape == nll.shape for one in values.values())
         if nll.ndim != 2 or not nll.size or "top" not in values or not numbers:
@@ -143,22 +112,6 @@ class Record:
         for value in values.values():
             value.setflags(write=False)
         return values
-
-
-def _is_mixture(value: Any) -> bool:
-    """What `Mixture.to_json` writes, or None: the reference has none, nor had records before there were presets."""
-    if value is None:
-        return True
-    if not isinstance(value, dict) or not isinstance(value.get("plain"), dict):
-        return False
-    asked = [value.get(name, "") for name in ("embedding_type", "output_type")]
-    types = [*value["plain"].values(), *(one for one in asked if one is not None)]
-    file_types = [value.get("file_type"), value.get("plain_file_type")]
-    return (
-        isinstance(value.get("pure"), bool)
-        and all(isinstance(one, str) and one in FILE_TYPES for one in file_types)
-        and all(isinstance(one, str) and one in GGML_TYPES for one in types)
-    )
 
 
 def mode_label(mode: str, policy: str | None) -> str:
@@ -187,10 +140,8 @@ def write_record(path: Path, data: dict[str, Any], side: dict[str, np.ndarray]) 
 
 def read_record(path: Path) -> Record:
     """Raises UserError when the file is damaged or of another version, NewerRecordError when of a newer one."""
-    import json
-
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        data = read_json(path)
         version = data["schema_version"]
         missing = [name for name in REQUIRED if name not in data]
         if missing and version == SCHEMA_VERSION:
@@ -208,10 +159,6 @@ def read_record(path: Path) -> Record:
             "or another folder with results.name=NAME"
         )
     return Record(data, path)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
 
 
 def read_records(folder: Path, wanted: Collection[str] = ()) -> list[Record]:

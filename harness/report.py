@@ -196,7 +196,7 @@ def write_report(folder: Path, wanted: Collection[str] = (), allow_different: Co
     text = _table_text(results)
     written.text("runs.csv", _runs_csv(results.runs))
     written.text("table.csv", results.comparison.to_csv(index=False))
-    written.text("table.md", text)
+    written.text("table.md", _without_tags(text))
     written.text("findings.json", json.dumps(results.findings, indent=1) + "\n")
     if len(results.speed):
         written.text("speed.csv", results.speed.to_csv(index=False))
@@ -241,7 +241,7 @@ def write_full_report(folders: Sequence[Path], out: Path, allow_different: Colle
 def _write_tables(results: Results, written: "_Written") -> str:
     """Every table in every format; the text for the terminal."""
     text = _table_text(results)
-    written.text("table.md", text)
+    written.text("table.md", _without_tags(text))
     written.text("findings.json", json.dumps(results.findings, indent=1) + "\n")
     for name, table in {**results.tables, **results.more_tables}.items():
         written.text(f"{name}.md", markdown(table) + "\n")
@@ -275,6 +275,11 @@ class _Written:
 
 def _runs_csv(runs: pd.DataFrame) -> str:
     return runs.astype(dict.fromkeys(WHOLE_COLUMNS, "Int64")).to_csv(index=False)
+
+
+def _without_tags(text: str) -> str:
+    """Markdown takes a name that holds a tag for one."""
+    return text.replace("<", "&lt;")
 
 
 def _facts(results: Results) -> dict[str, dict[str, Any]]:

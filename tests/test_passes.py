@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -97,10 +98,13 @@ def test_timing_passes_survive_in_the_order_of_time(tmp_path: Path) -> None:
     assert looked_at(passes, {**old.settings, "rounds": 5}) == set(), "timed again with other settings"
 
 
-GOOD = {
+GOOD: dict[str, Any] = {
     "schema_version": 1,
     "created_utc": "2026-01-01",
-    "settings": {"prompt_tokens": 8, "generate_tokens": 4},
+    "settings": {
+        **{"prompt_tokens": 8, "generate_tokens": 4, "ubatch_tokens": 8, "threads": 2},
+        **{"flash_attention": True, "rounds": 3},
+    },
     "environment": {},
     "other_cpu_share": 0.0,
     "cases": {"k": {"load_s": [1, 1], "prompt_s": [1, 1], "generate_s": [1, 1]}},
@@ -120,8 +124,13 @@ def test_a_sound_timing_pass_is_read(tmp_path: Path) -> None:
         *("", "{", "[]", "null", '{"schema_version": 2}', '{"schema_version": 1}', "[" * 100_000),
         *(
             json.dumps(GOOD | {"cases": {"k": {"load_s": [1, 1], "prompt_s": prompt_s, "generate_s": [1, 1]}}})
-            for prompt_s in ([], [1], [0, 0], [1, math.nan], ["x", "y"], None)
+            for prompt_s in ([], [1], [0, 0], [1, math.nan], ["x", "y"], None, [1, 1, 1], [1e-300, 1e-300], [1e300, 1])
         ),
+        *(json.dumps(GOOD | {"settings": GOOD["settings"] | {"threads": one}}) for one in (0, "2", None, 1 << 70)),
+        *(json.dumps(GOOD | {"environment": one}) for one in ([], {"machine": ["a"]}, {"cpu": "\x1b[2J"})),
+        *(json.dumps(GOOD | {"other_cpu_share": one}) for one in (-1, math.inf, "much")),
+        *(json.dumps(GOOD | {"skipped": one}) for one in ([], {"k": 1}, {"k": "a\nb"})),
+        json.dumps(GOOD | {"created_utc": "\udcff"}),
     ],
 )
 def test_a_damaged_timing_pass_counts_as_absent(tmp_path: Path, content: str) -> None:

@@ -377,6 +377,9 @@ BUMP = {"name": "b", "bump": 1}
         ({**BUMP, "ends": {"low": -1, "high": 8}}, ["(b)", "ends", "0..10"]),
         ({**BUMP, "ends": {"low": 2, "high": 11}}, ["(b)", "ends", "0..10"]),
         ({**GOOD, "name": "b", "ends": {"low": 2, "high": float("nan")}}, ["(b)", "high", "number"]),
+        ({**GOOD, "name": "b", "min_gqa": 10**400}, ["(b)", "min_gqa", "number"]),
+        ({**GOOD, "name": "b", "min_gqa": float("nan")}, ["(b)", "min_gqa", "number"]),
+        ({**GOOD, "name": "b", "ends": {"low": 2, "high": 10**400}}, ["(b)", "high", "number"]),
     ],
 )
 def test_a_wrong_rule_is_refused_with_its_place_and_the_reason(rule: Any, words: list[str]) -> None:

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import random_text, write_tiny_llama
 
+import harness.prompts
 from harness.config import TextConfig
 from harness.engine.model import tokenize
-from harness.errors import UserError
+from harness.errors import EngineError, UserError
 from harness.prompts import Windows, cut_windows, load_windows, read_text
 from harness.record import read_records
 from harness.store import Cache
@@ -147,6 +148,14 @@ def test_column_without_text_is_refused(tmp_path: Path) -> None:
         ("utf16.txt", "the of and".encode("utf-16")),
         ("cut.jsonl", b'{"text": "the of"}\n{"te'),
         ("no_rows.json", b'"the of and"'),
+        # pyarrow 26.0.1 ends the process at the first three
+        ("null.json", b"null"),
+        ("null_row.jsonl", b'null{"text": "the of"}'),
+        ("null_in_list.json", b'[{"text": "the of"}, null]'),
+        ("number.jsonl", b'{"text": "the of"}\n7\n'),
+        ("lists.json", b'[["the of"]]'),
+        ("two_lists.jsonl", b'["the of"]["and"]'),
+        ("deep.json", b'{"text": ' + b"[" * 100_000),
         ("text.parquet", b"the of and"),
         ("gzip.txt", b"\x1f\x8b\x08\x00\x00\x00\x00\x00"),
     ],
@@ -157,6 +166,27 @@ def test_unreadable_files_are_refused_by_name(tmp_path: Path, name: str, content
     with pytest.raises(UserError, match=rf"{name}.*cannot be read as text") as caught:
         read_text(TextConfig(), "prompts", path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'["the of", "and"]', b'\xef\xbb\xbf{"text": "the of"}{"text": "and"} ', b'\n{"text": "the of\\n\\nand"}\n\n'],
+)
+def test_rows_of_json_may_be_written_in_several_ways(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(content)
+    assert read_text(TextConfig(), "prompts", path) == "the of\n\nand"
+
+
+def test_a_process_that_dies_of_a_text_is_one_line_about_the_text(
+    cli: Cli, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: object, **__: object) -> None:
+        raise EngineError("the engine's process died of SIGSEGV")
+
+    monkeypatch.setattr(harness.prompts, "run_in_child", dies)
+    code, _, err = cli("plan", "quant=q8_0", *tiny_overrides)
+    assert code == 2 and "the text of prompts (prompts)" in err and "SIGSEGV" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Records: written and read back, damaged ones, which of two wins, and what may stand in one table."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from harness.record import (
     utc_now,
     write_record,
 )
+from harness.store import sha256_file
 
 NLL = np.random.default_rng(0).exponential(2.0, (2, 7))
 SIDE = {"nll": NLL, "top": np.arange(14, dtype=np.int32).reshape(2, 7), "kld": NLL / 10}
@@ -132,6 +134,15 @@ def test_a_damaged_record_is_refused_with_its_path(tmp_path: Path, content: byte
     assert not is_done(path, KEY)
 
 
+@pytest.mark.parametrize("value", ["1e999", "-1e999", "NaN", r'"\udcff"', r'{"\ud800": 1}'])
+def test_values_that_cannot_be_written_again_are_refused(tmp_path: Path, value: str) -> None:
+    path = put(tmp_path, nll=None)
+    read_record(path)
+    path.write_text(path.read_text().rstrip().removesuffix("}") + f', "more": {value}}}')
+    with pytest.raises(UserError, match="is no whole record"):
+        read_record(path)
+
+
 @pytest.mark.parametrize("version", [0, "1", None])
 def test_another_version_is_refused_with_both_numbers(tmp_path: Path, version: Any) -> None:
     path = put(tmp_path, schema_version=version)
@@ -207,6 +218,45 @@ def test_a_side_file_that_is_vouched_for_may_still_be_odd(tmp_path: Path, values
     write_record(path, json.loads(path.read_text()), values)
     with pytest.raises(UserError, match="holds no per-token values"):
         read_record(path).per_token()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: whole.replace(b"PK\1\2-\3-\0\0", b"PK\1\2-\3\xd2\0\0"),  # of a zip version to come
+        lambda whole: whole.replace(b"PK\1\2-\3-\0\0", b"PK\1\2-\3-\0\1"),  # encrypted
+        lambda whole: whole.replace(b"<f8", b"|O8"),  # pickled objects
+        lambda whole: whole.replace(b"(2, ", b"(2(("),
+        lambda whole: b"\x93NUMPY" + whole,
+        lambda _: b"",
+    ],
+)
+def test_a_side_file_that_is_vouched_for_may_be_no_npz(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = put(tmp_path)
+    side = path.with_suffix(".npz")
+    assert damage(side.read_bytes()) != side.read_bytes()
+    side.write_bytes(damage(side.read_bytes()))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "side_file_sha256": sha256_file(side)}))
+    with pytest.raises(UserError, match="holds no per-token values"):
+        read_record(path).per_token()
+
+
+def test_what_unpacks_to_more_than_it_takes_is_refused(tmp_path: Path) -> None:
+    path = put(tmp_path)
+    side = path.with_suffix(".npz")
+    np.savez_compressed(side, **{**SIDE, "more": np.zeros(1_000_000)})
+    assert side.stat().st_size < 10_000
+    path.write_text(json.dumps({**json.loads(path.read_text()), "side_file_sha256": sha256_file(side)}))
+    with pytest.raises(UserError, match="holds no per-token values"):
+        read_record(path).per_token()
+
+
+def test_a_huge_record_is_not_read(tmp_path: Path) -> None:
+    path = put(tmp_path)
+    with path.open("rb+") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(UserError, match="more than 64 MiB"):
+        read_record(path)
 
 
 def test_a_missing_side_file_is_not_done(tmp_path: Path) -> None:

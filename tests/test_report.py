@@ -8,6 +8,7 @@ import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from harness.record import (
     record_path,
     write_record,
 )
-from harness.report import Report, comparison_text, write_report
+from harness.report import Report, comparison_text, write_full_report, write_report
 from harness.stats import MIN_BLOCKS, holm, mean_interval
 from harness.store import key_of
 from harness.tables import percent, plus_minus, seconds, size
@@ -583,7 +584,8 @@ def test_unlike_records_are_refused_and_nothing_is_written(tmp_path: Path, name:
     path = put(tmp_path, "iq2_s", "standard")
     data = json.loads(path.read_text())
     group, field = name.split(".")
-    data[group][field] = another = 987 if field in ("n_windows", "window_tokens") else "another"
+    another = {str: "another", int: 987, bool: False}[type(data[group].get(field, True))]
+    data[group][field] = another
     path.write_text(json.dumps(data))
     with pytest.raises(UserError) as caught:
         write_report(tmp_path)
@@ -595,7 +597,6 @@ def test_unlike_records_are_refused_and_nothing_is_written(tmp_path: Path, name:
 
 HOSTILE: dict[str, Any] = {
     "variant": None,
-    "variant.file_bytes": "many",
     "variant.bpw": 1e300,
     "variant.n_lowered": -1,
     "findings": [{"kind": "x"}],
@@ -604,6 +605,23 @@ HOSTILE: dict[str, Any] = {
     "created_utc": 7,
     "mode": "reference",
     "reference.name": None,
+    "reference.file_type": 1,
+    "reference.architecture": "a\x1b[2Jb",
+    "file_type": None,
+    "variant.file_bytes": 0,
+    "variant.n_params": 1.5,
+    "variant.embedding_type": ["q4_k"],
+    "variant.tensors": {"a": {"type": "q4_k", "standard": "no type"}},
+    "settings.threads": "2; x",
+    "settings.flash_attention": None,
+    "settings": None,
+    "versions": {"llama_cpp_python": None},
+    "environment.machine": ["one"],
+    "environment.memory_bytes": "much",
+    "timings": {"pass_s": "long"},
+    "timings.load_s": -1,
+    "peak_rss_bytes": 0.5,
+    "calibration": {"name": "x"},
 }
 
 
@@ -627,6 +645,61 @@ def test_json_that_python_alone_would_read_is_left_out(tmp_path: Path, content: 
     put_reference(tmp_path)
     put(tmp_path, "iq2_s", "standard").write_text(content)
     assert "unreadable_record" in write_report(tmp_path).text
+
+
+EVIL = "<script>x</script>\"' onload=x $\\frac{$ & ~"
+
+
+class Tags(HTMLParser):
+    """Start tags with the names of their attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, frozenset[str]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, frozenset(name for name, _ in attrs)))
+
+
+def put_hostile(folder: Path, text: str) -> Path:
+    """Records in which every text that a report shows is `text`; that of a quant, mode or policy is a folder's too."""
+    reference: dict[str, Any] = dict.fromkeys(("id", "name", "architecture", "file_type", "source_sha256"), text)
+    prompts: dict[str, Any] = dict.fromkeys(("id", "name", "text_sha256"), text)
+    sizes = {"n_windows": BASE.shape[0], "window_tokens": 2 * BASE.shape[1] + 2}
+    environment = dict.fromkeys(("commit", "machine", "cpu", "platform", "system_info", "python", "harness"), text)
+    changes: dict[str, Any] = {
+        "reference": {**reference, "file_bytes": 250 * MIB, "n_params": 10**6, "derived_from": text},
+        "prompt_set": {**prompts, **sizes},
+        "environment": {**environment, "dirty": True, "cpu_features": [text]},
+        "findings": [dict.fromkeys(("kind", "what", "why", "todo"), text)],
+        "settings": {"first_scored": BASE.shape[1] + 2, "ubatch_tokens": 512, "threads": 2, text: text},
+        "versions": {"metrics": 2, "llama_cpp_python": text, text: text},
+    }
+    put(folder, "reference", "reference", **changes)
+    name = text.replace("/", "")
+    put(folder, name, "standard", **changes)
+    put(folder, name, "dynamicgate", name, nll=BASE * 1.01, **changes)
+    return folder
+
+
+def test_no_text_of_a_record_becomes_markup(tmp_path: Path) -> None:
+    """The same tags, with the same attributes, as for harmless names; in Markdown and SVG none."""
+    found = {}
+    for kind, text in (("evil", EVIL), ("harmless", "x")):
+        write_full_report([put_hostile(tmp_path / kind, text)], tmp_path / kind / "report")
+        tags = Tags()
+        tags.feed((tmp_path / kind / "report" / "report.html").read_text(encoding="utf-8"))
+        found[kind] = tags.found
+    assert found["evil"] == found["harmless"] and [tag for tag, _ in found["evil"]].count("script") == 1
+    markdown = list((tmp_path / "evil" / "report").glob("*.md"))
+    assert markdown and not any("<" in path.read_text(encoding="utf-8") for path in markdown)
+
+
+def test_a_name_with_dollars_is_no_formula(tmp_path: Path, real_picture: None) -> None:
+    write_full_report([put_hostile(tmp_path, EVIL)], tmp_path / "report")
+    pictures = list((tmp_path / "report").glob("*.svg"))
+    assert pictures and not any("<script" in path.read_text(encoding="utf-8") for path in pictures)
+    assert "frac{$" in (tmp_path / "report" / "tradeoff.svg").read_text(encoding="utf-8").lower()
 
 
 def test_speeds_of_a_row_are_of_one_kind(tmp_path: Path) -> None:

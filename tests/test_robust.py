@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from harness.errors import EngineError, UserError
 from harness.record import read_records
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -261,3 +262,21 @@ def test_a_rules_name_cannot_leave_the_results(cli: Cli, tiny_overrides: list[st
     records = read_records(tmp_path / "results" / "tiny")
     assert [r.path.parent for r in records] == [tmp_path / "results" / "tiny" / "records"] * 2
     assert not list(tmp_path.glob("escaped*"))
+
+
+def test_llama_cpp_is_loaded_in_children_only(tiny_overrides: list[str]) -> None:
+    """Of a whole sweep, from reading the model's header to the report: the parent never has it in its memory."""
+    code = "import sys; from harness.cli import main; assert not main(sys.argv[1:]); print(sorted(sys.modules))"
+    arguments = ["sweep", "quant=q8_0", "mode=standard", "calibration.enabled=false", *tiny_overrides]
+    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    loaded = found.stdout.splitlines()[-1]
+    assert "'harness.run'" in loaded and "llama_cpp" not in loaded and "'harness.engine" not in loaded
+
+
+@pytest.mark.parametrize("error", [UserError, EngineError])
+def test_a_strangers_characters_in_an_error_do_not_reach_the_terminal(error: type[Exception]) -> None:
+    assert str(error("a\nb\x1b[2J \udcff é")) == "a?b?[2J ? é"
+
+
+def test_nor_do_those_of_a_log() -> None:
+    assert EngineError("it failed", ["error loading model \x1b[2J"]).with_log == "it failed (error loading model ?[2J)"

@@ -163,6 +163,55 @@ def test_broken_wheels_leave_nothing(serve: Serve, cache: Cache, tmp_path: Path,
     assert_nothing_is_left(cache)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_other_ways_of_packing_are_refused(serve: Serve, cache: Cache, tmp_path: Path, method: int) -> None:
+    """The few bytes in front of LZMA's data say how much memory to take, up to 4 GB."""
+    serve(words=archive(tmp_path / "w.zip", {"a.txt": b"the"}, method))
+    with pytest.raises(UserError, match=r"w\.zip: a\.txt is not packed as wheels are"):
+        sources.wheel_file(WheelConfig("words==1.0", "a.txt", sha256=sha256(b"the")), cache, silent)
+    assert_nothing_is_left(cache)
+
+
+def test_a_name_that_is_no_text_is_one_line(serve: Serve, cache: Cache, tmp_path: Path) -> None:
+    path = archive(tmp_path / "w.zip", {"a.txt": b"the", "\u00e9.txt": b"of"})
+    path.write_bytes(path.read_bytes().replace("\u00e9".encode(), b"\xff\xff"))
+    serve(words=path)
+    with pytest.raises(UserError, match=r"w\.zip holds no a\.txt"):
+        sources.wheel_file(WheelConfig("words==1.0", "a.txt", sha256=sha256(b"the")), cache, silent)
+
+
+def test_a_member_larger_than_it_says_is_cut_and_refused(serve: Serve, cache: Cache, tmp_path: Path) -> None:
+    """Only as many bytes are unpacked as the archive's directory says, which was compared with the limit."""
+    content = bytes(5_000_000)
+    path = archive(tmp_path / "w.zip", {"a.txt": content})
+    lying = bytearray(path.read_bytes())
+    entry = lying.rindex(b"PK\1\2")
+    lying[entry + 24 : entry + 28] = (1000).to_bytes(4, "little")
+    path.write_bytes(bytes(lying))
+    read = 0
+    with pytest.raises(UserError, match=r"w\.zip holds no a\.txt"):
+        for block in sources._member(path, "a.txt"):
+            read += len(block)
+    assert read <= 1000
+    serve(words=path)
+    with pytest.raises(UserError, match=r"w\.zip"):
+        sources.wheel_file(WheelConfig("words==1", "a.txt", sha256=sha256(content)), cache, silent)
+    assert_nothing_is_left(cache)
+
+
+def test_a_link_in_an_archive_is_not_followed(serve: Serve, cache: Cache, tmp_path: Path) -> None:
+    """Its content is the text of the link, whatever file that names."""
+    (tmp_path / "secret").write_bytes(b"secret")
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as file:
+        link = zipfile.ZipInfo("a.txt")
+        link.create_system, link.external_attr = 3, 0o120777 << 16
+        file.writestr(link, str(tmp_path / "secret"))
+    serve(words=tmp_path / "w.zip")
+    with pytest.raises(UserError, match="has sha256"):
+        sources.wheel_file(WheelConfig("words==1.0", "a.txt", sha256=sha256(b"secret")), cache, silent)
+    assert_nothing_is_left(cache)
+
+
 def test_second_part_missing_leaves_nothing(serve: Serve, cache: Cache, tmp_path: Path) -> None:
     serve(m1=archive(tmp_path / "1.zip", {"1.bin": b"one"}), m2=archive(tmp_path / "2.zip", {"3.bin": b"three"}))
     wheel = WheelConfig("m{part}==1", "{part}.bin", parts=2, sha256=sha256(b"onetwo"))
