@@ -286,5 +286,5 @@ def _check_wheel(group: str, wheel: WheelConfig) -> None:
 
 
 def is_folder_name(text: str) -> bool:
-    """Whether a text can be part of a file's name and nothing else."""
-    return bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", text))
+    """Whether a text can be part of a file's name and nothing else; 100 characters at most."""
+    return bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", text))

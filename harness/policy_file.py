@@ -13,6 +13,7 @@ from harness.recipes import parse_recipe
 
 _POLICY_KEYS = ("name", "description", "ladders", "rules")
 _MAX_FILE_BYTES = 1 << 20
+_LONGEST_NAME = 180  # with quant, mode, key and the ending it stays below the 255 bytes of file systems
 
 
 def load_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:
@@ -23,7 +24,12 @@ def load_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:
             known = nearest(left_out, [rule.name for rule in rules])
             raise UserError(f"policy.without={left_out}: the policy {name} has no such rule.{known}")
     kept = tuple(rule for rule in rules if rule.name not in settings.without)
-    return folder_name("_".join([name, *(f"without_{rule}" for rule in settings.without)])), kept
+    name = folder_name("_".join([name, *(f"without_{rule}" for rule in settings.without)]))
+    if len(name) > _LONGEST_NAME:
+        raise UserError(
+            f"policy.without: {name[:40]}... is too long for the name of a file: give the rules short names"
+        )
+    return name, kept
 
 
 def _read_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:

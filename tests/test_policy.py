@@ -542,6 +542,13 @@ def test_odd_and_huge_files_are_refused_at_once(tmp_path: Path, text: str, said:
     assert said in message and len(message) < 700
 
 
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"rules: [{{name: {'x' * 300}, type: q8_0}}, {{name: b, type: q6_k}}]")
+    with pytest.raises(UserError, match=r"policy\.without: mine_without_x+\.\.\. is too long"):
+        load_policy(PolicyConfig(file=str(path), without=["x" * 300]))
+
+
 def test_a_file_of_aliases_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]

@@ -101,6 +101,7 @@ def test_a_failure_never_replaces_a_good_record(
         ("model.wheel.package=name", "name==version"),
         ("model.wheel.sha256=../../etc", "64 hex"),
         ("quant.name=../x", "plain name"),
+        (f"quant.name={'x' * 101}", "plain name"),
         ("mode.name=a/b", "plain name"),
         ("policy.name=..", "plain name"),
         ("calibration.window_tokens=8", "at least 16"),
