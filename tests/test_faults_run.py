@@ -222,11 +222,11 @@ def full_disk_at_the_record(world: World) -> Sequence[str]:
 
 
 def limited_file_size(world: World) -> Sequence[str]:
-    """Nothing above 1 MB can be written, as with a quota; the quantized file is larger. llama.cpp writes it."""
+    """Nothing above 1 MB can be written, as with a quota; the quantized file is larger."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     real = harness.artefacts.ensure_variant
 
-    def ensure_variant(sweep: Any, case: Any, display: Any) -> float | None:
+    def ensure_variant(sweep: Any, case: Any, display: Any) -> Any:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))  # for the child
         try:
             return real(sweep, case, display)
@@ -252,7 +252,7 @@ def full_results(world: World) -> Sequence[str]:
 
 
 def full_cache(world: World) -> Sequence[str]:
-    """The cache is on a disk of its own that fills up while llama.cpp writes the file."""
+    """The cache is on a disk of its own that fills up while the file is written, or a tensor of it kept."""
     shutil.move(world.cache, world.folder / "moved")
     disk = mounted(world, "cache", "size=20m")
     shutil.copytree(world.folder / "moved", disk, dirs_exist_ok=True)
@@ -325,7 +325,7 @@ DISK_FAULTS = [
         "cache-disk-fills-up",
         full_cache,
         says=(
-            "{folder}/cache/variants/{hex}.gguf: No space left on device; make room, then give the same command "
+            "{folder}/cache/{words}: No space left on device; make room, then give the same command "
             "again: what was measured is kept"
         ),
         code=1,
@@ -357,8 +357,8 @@ LOST_FAULTS = [
         "cache-deleted",
         deleted(lambda world: world.cache),
         says=(
-            "{folder}/cache/variants/{hex}.gguf: No such file or directory; give the same command again: what was"
-            " measured is kept"
+            "q4_0 standard failed: the imatrix {folder}/cache/imatrix/{hex}.gguf is gone or was changed; see "
+            "{folder}/results/tiny/records/q4_0-standard-{hex}.json, the same command tries again"
         ),
         code=1,
     ),
