@@ -262,7 +262,7 @@ def _configs_of_sweep(overrides: list[str]) -> list["Config"]:
 
 
 def _plan(arguments: list[str]) -> int:
-    from harness.plan_view import estimate_s, plan_json, plan_text
+    from harness.plan_view import disk_lines, estimate_s, plan_json, plan_text
     from harness.recipes import recipe_text
 
     forms = ("--json", "--recipe", "--tensor-type-file")
@@ -294,6 +294,8 @@ def _plan(arguments: list[str]) -> int:
         print(json.dumps([plan_json(plan, estimate_s(sweep, plan)) for sweep, plan in shown], indent=1))
     else:
         print("\n\n".join(plan_text(plan, estimate_s(sweep, plan)) for sweep, plan in shown))
+        sweeps = {id(sweep): sweep for sweep, _ in shown}.values()
+        print("".join(f"\n{line}\n" for sweep in sweeps for line in disk_lines(sweep)), end="")
     return 0
 
 
