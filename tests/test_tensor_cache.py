@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_quantize import dense, imatrix_of, matrices, plan_of  # noqa: F401  # dense is a fixture
 
+from harness.cache_view import cache_text, parse_size
 from harness.cli import compose
+from harness.errors import UserError
 from harness.plan import TensorPlan
 from harness.quantize import make_variant, tensor_sha256, weights_sha256
 from harness.record import Record, read_records
@@ -383,6 +385,47 @@ def test_the_plan_says_the_most_disk(cli: Cli, tiny_overrides: list[str]) -> Non
     # both files stay for the timing; 2 windows of 63 rows of 310 float32; and all that may be kept
     parts = [sum(mib) * (1 << 20) / 1e6, 2 * 63 * 310 * 4 / 1e6, 1.0]
     assert sizes == pytest.approx([sum(parts), *parts], abs=0.11)
+
+
+# --- the verb
+
+
+def test_cache_shows_and_prunes(cli: Cli, tiny_overrides: list[str], tmp_path: Path) -> None:
+    where = f"runtime.cache_dir={tmp_path / 'cache'}"
+    code, out, _ = cli("cache", where)
+    assert code == 0 and "0.0 MB in 0 files" in out
+    more = ["calibration.enabled=false", "runtime.tensor_cache_gb=0.0005"]
+    code, out, err = cli("sweep", "quant=q4_k_m,q4_0", "mode=standard", *tiny_overrides, *more)
+    assert code == 0, err
+    assert "tensors for later use 0.5 MB" in " ".join(out.split())
+    kept = entries(Cache(tmp_path / "cache"))
+    assert 300_000 < sum(one.n_bytes for one in kept) <= 500_000
+    code, out, _ = cli("cache", where)
+    assert code == 0
+    (line,) = (one.split() for one in out.splitlines() if one.startswith("  tensors"))
+    assert line[:2] == ["tensors", str(len(kept))]
+    assert kept[0].path.name in out and "probabilities" in out and "locks" not in out
+    half = sum(one.n_bytes for one in kept) // 2
+    code, out, _ = cli("cache", f"prune={half}", where)
+    assert code == 0 and "removed" in out
+    left = entries(Cache(tmp_path / "cache"))
+    assert 0 < sum(one.n_bytes for one in left) <= half and left == kept[-len(left) :]
+    assert cli("cache", "prune=all", where)[0] == 0
+    assert entries(Cache(tmp_path / "cache")) == []
+    assert "least recently" not in cache_text(Cache(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("arguments", [["--prune"], ["prune="], ["prune=x"], ["prune=-1"], ["size=5"], ["prune=1e9"]])
+def test_odd_arguments_of_cache_are_one_line(cli: Cli, tmp_path: Path, arguments: list[str]) -> None:
+    code, _, err = cli("cache", *arguments, f"runtime.cache_dir={tmp_path}")
+    assert code == 2 and len(err.splitlines()) == 1 and "prune" in err
+
+
+def test_sizes() -> None:
+    sizes = {"5GB": 5e9, "300 mb": 3e8, "0": 0, "1.5kB": 1500, "all": 0, "12": 12, "2TB": 2e12}
+    assert {text: parse_size(text) for text in sizes} == sizes
+    with pytest.raises(UserError, match="5GB"):
+        parse_size("9" * 400)
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "1e7"])
