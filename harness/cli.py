@@ -1,13 +1,26 @@
-"""The verbs of the command line. The only module that knows Hydra."""
+"""The verbs of the command line."""
 
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from harness.compose import (
+    CASE_GROUPS,
+    GROUPS,
+    compose,
+    configs_of_sweep,
+    has_experiment,
+    options,
+    presets,
+    require_quant,
+    setting_names,
+    with_quant,
+)
+from harness.errors import EngineError, UserError, disk_error, nearest
 
 if TYPE_CHECKING:  # heavy at run time: --help must answer at once
     from harness.config import Config
@@ -105,10 +118,6 @@ How many tensors sweeps keep: runtime.tensor_cache_gb=20 (0 keeps none).
 exit codes: 0 done, 2 bad input
 """
 
-GROUPS = ("model", "prompts", "calibration", "quant", "mode", "policy", "measure", "runtime")
-PATH_SETTINGS = ("path", "file", "dir", "cache_dir", "imatrix", "filename")
-CASE_GROUPS = ("quant", "mode", "policy")  # what makes a case; everything else is shared by a sweep
-DEFAULT_MODES = "mode=standard,dynamicgate"
 USAGE = {
     "compare": "compare CASE CASE [results=DIR] [key=value ...]\n\n"
     "CASE: a name in the tables (iq1_m-dynamicgate) or the path of a record.",
@@ -123,8 +132,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(HELP, end="")
         return 0
     verb, *rest = arguments
-    from harness.errors import EngineError, UserError, disk_error, nearest
-
     verbs = {
         "sweep": _sweep,
         "plan": _plan,
@@ -163,75 +170,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def compose(overrides: Sequence[str]) -> list["Config"]:
-    """One configuration for each combination of the overrides' values (`quant=a,b` has two).
-
-    Raises UserError on unknown groups, options, keys and values of the wrong type.
-    """
-    import itertools
-
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from harness.errors import nearest
-
-    _register_schema()
-    for one in overrides:
-        if "=" not in one:
-            flags = ("--json", "--recipe", "--tensor-type-file")
-            near = nearest(one, flags) if one.startswith("--") else ""
-            raise _user_error(
-                f"{one!r} is no setting: write KEY=VALUE, and lists without spaces (quant=iq1_m,iq2_s).{near}"
-            )
-    choices: dict[str, list[str]] = {}
-    try:
-        for override in OverridesParser.create().parse_overrides([_quoted(one) for one in overrides]):
-            key = override.get_key_element()
-            _require_plain(override)
-            if key in choices and key in GROUPS:
-                raise _user_error(f"{key}= is given twice: give a list, {key}=a,b")
-            if override.is_sweep_override():
-                choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-            else:
-                choices[key] = [override.input_line or ""]
-        with initialize_config_dir(str(_conf_dir()), version_base="1.3"):
-            return [
-                OmegaConf.to_object(hydra_compose("config", list(combination)))  # type: ignore[misc]
-                for combination in itertools.product(*choices.values())
-            ]
-    except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
-        raise _user_error(_one_line(error, overrides)) from error
-
-
-def _require_plain(override: Any) -> None:
-    """Raises UserError on forms of overrides that would silently do something else than a reader expects."""
-    line, key = override.input_line, override.get_key_element()
-    if override.is_sweep_override() and not override.is_discrete_sweep():
-        raise _user_error(f"{line}: give a list of values")
-    if key.startswith(("+", "~")) and key != "+experiment":
-        raise _user_error(f"{line}: settings are changed, not added or removed; leave out the {key[0]}")
-    value = override.value()
-    if key in GROUPS and not override.is_sweep_override() and not isinstance(value, str):
-        raise _user_error(f"{line}: {key} wants the name of an option, or several with commas and no brackets")
-
-
-def _quoted(override: str) -> str:
-    """A path with characters that Hydra's grammar wants quoted, in quotes; everything else as it is."""
-    key, equals, value = override.partition("=")
-    name = key.rsplit(".", 1)[-1]
-    if name not in PATH_SETTINGS or not equals or value[:1] in ("'", '"') or "," in value:
-        return override
-    return override if re.fullmatch(r"[A-Za-z0-9/._-]+", value) else f"{key}='{_escaped(value)}'"
-
-
-def _escaped(value: str) -> str:
-    return value.replace("'", r"\'")
-
-
 def _sweep(overrides: list[str]) -> int:
     from rich.console import Console
 
@@ -241,11 +179,11 @@ def _sweep(overrides: list[str]) -> int:
     from harness.run import run
 
     console = Console()
-    configs = _configs_of_sweep(overrides)
+    configs = configs_of_sweep(overrides)
     sweeps = [_prepare(group) for group in _by_inputs(configs)]
     for i, sweep in enumerate(sweeps):
         if sweep.folder in [other.folder for other in sweeps[:i]]:
-            raise _user_error(
+            raise UserError(
                 f"a list of settings other than quant, mode and policy asks for two sweeps in one folder "
                 f"({sweep.folder}): run them one by one, each with a results.name of its own"
             )
@@ -265,38 +203,26 @@ def _sweep(overrides: list[str]) -> int:
     return 1 if failures else 0
 
 
-def _configs_of_sweep(overrides: list[str]) -> list["Config"]:
-    """All cases that a sweep's overrides ask for; an experiment brings its own lists of quants and modes."""
-    if _has_experiment(overrides):
-        lines = compose(_with_quant(overrides))[0].sweep
-        if not any(_has_quant(line.split()) for line in lines):
-            _require_quant(overrides, "this experiment")
-        return [config for line in lines for config in compose([*overrides, *line.split()])]
-    if not any(one.startswith("mode=") for one in overrides):
-        overrides = [*overrides, DEFAULT_MODES]
-    _require_quant(overrides, "sweep")
-    return compose(overrides)
-
-
 def _plan(arguments: list[str]) -> int:
     from harness.plan_view import disk_lines, estimate_s, plan_json, plan_text
     from harness.recipes import recipe_text
 
     forms = ("--json", "--recipe", "--tensor-type-file")
+    for argument in arguments:
+        if argument.startswith("--") and argument not in forms:
+            raise UserError(f"plan has no {argument}.{nearest(argument, forms)}")
     given = [argument for argument in arguments if argument in forms]
     if len(given) > 1:
-        raise _user_error(f"plan prints one thing: give one of {', '.join(given)}")
+        raise UserError(f"plan prints one thing: give one of {', '.join(given)}")
     overrides = [argument for argument in arguments if argument not in forms]
-    if _has_experiment(overrides):
-        configs = _configs_of_sweep(overrides)
+    if has_experiment(overrides):
+        configs = configs_of_sweep(overrides)
     else:
-        _require_quant(overrides, "plan")
+        require_quant(overrides, "plan")
         configs = compose(overrides)
     as_recipe = given in (["--recipe"], ["--tensor-type-file"])
     if as_recipe and (len(configs) != 1 or configs[0].quant.file_type is None):
-        raise _user_error(
-            f"{given[0]} is of one quantized file: give one quant and one mode, not {' '.join(overrides)}"
-        )
+        raise UserError(f"{given[0]} is of one quantized file: give one quant and one mode, not {' '.join(overrides)}")
     shown = [
         (sweep, case.plan)
         for group in _by_inputs(configs)
@@ -323,13 +249,13 @@ def _compare(arguments: list[str]) -> int:
 
     names = [argument for argument in arguments if "=" not in argument]
     if len(names) != 2:
-        raise _user_error("compare needs two cases, such as: compare iq1_m-dynamicgate iq1_m-standard")
+        raise UserError("compare needs two cases, such as: compare iq1_m-dynamicgate iq1_m-standard")
     overrides = [one for one in arguments if "=" in one]
     for one in [one for one in overrides if one.startswith("results=")]:  # as the verbs that read results take it
         folder = Path(one.partition("=")[2])
         overrides.remove(one)
         overrides += [f"results.dir={folder.parent}", f"results.name={folder.name}"]
-    config = compose(_with_quant(overrides))[0]
+    config = compose(with_quant(overrides))[0]
     check(config)
     results = config.results
     folder = Path(results.dir).expanduser()
@@ -340,7 +266,6 @@ def _compare(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     """Plain settings of its own, not Hydra's: it must run where only pandas and matplotlib are."""
-    from harness.errors import UserError
     from harness.record import RECORDS
     from harness.report import write_full_report
 
@@ -370,7 +295,6 @@ def _report(arguments: list[str]) -> int:
 
 
 def _require_may_differ(names: Sequence[str]) -> None:
-    from harness.errors import UserError, nearest
     from harness.record import MAY_DIFFER
 
     for name in names:
@@ -379,7 +303,6 @@ def _require_may_differ(names: Sequence[str]) -> None:
 
 
 def _require_sweeps(folders: Sequence[Path]) -> None:
-    from harness.errors import UserError
     from harness.record import RECORDS
 
     for folder in folders:
@@ -389,7 +312,6 @@ def _require_sweeps(folders: Sequence[Path]) -> None:
 
 def _card(arguments: list[str]) -> int:
     """Plain settings of its own, as `report`."""
-    from harness.errors import UserError
     from harness.model_card import Settings, new_card, read_card, update_card, write_card
     from harness.report import load_results
 
@@ -419,8 +341,8 @@ def _card(arguments: list[str]) -> int:
     text = "" if flags == ["--new"] else read_card(path)
     results = load_results(folders, allow_different=given["allow_different"])
     settings = Settings(**{name: given[name][0] for name in single if given[name]})
-    shipped = {group: _options(group) for group in ("model", "prompts", "calibration", "policy")}
-    shipped["quant"] = _presets()
+    shipped = {group: options(group) for group in ("model", "prompts", "calibration", "policy")}
+    shipped["quant"] = presets()
     if flags == ["--new"]:
         write_card(path, new_card(results, settings, shipped))
         print(f"{path}: written")
@@ -442,7 +364,7 @@ def _audit(arguments: list[str]) -> int:
 
     names = [argument for argument in arguments if argument != "--json"]
     if len(names) != 1 or names[0].startswith("-"):
-        raise _user_error("audit needs one file, such as: audit CARD.md (or TABLE.csv; --json for programs)")
+        raise UserError("audit needs one file, such as: audit CARD.md (or TABLE.csv; --json for programs)")
     path = Path(names[0])
     audits = audit(path)
     if "--json" in arguments:
@@ -458,7 +380,6 @@ def _convert(arguments: list[str]) -> int:
     """Plain settings of its own, as `report`."""
     from harness.config import Config
     from harness.convert import convert
-    from harness.errors import UserError
     from harness.store import Cache
     from harness.sweep import cache_dir
 
@@ -485,7 +406,6 @@ def _cache(arguments: list[str]) -> int:
     """Plain settings of its own, as `report`."""
     from harness.cache_view import cache_text, parse_size
     from harness.config import Config
-    from harness.errors import UserError
     from harness.store import Cache
     from harness.sweep import cache_dir
     from harness.tensor_cache import prune
@@ -510,7 +430,7 @@ def _cache(arguments: list[str]) -> int:
 def _doctor(overrides: list[str]) -> int:
     from harness.doctor import doctor_text
 
-    text, healthy = doctor_text(compose(_with_quant(overrides))[0])
+    text, healthy = doctor_text(compose(with_quant(overrides))[0])
     print(text)
     return 0 if healthy else 1
 
@@ -532,103 +452,6 @@ def _by_inputs(configs: list["Config"]) -> list[list["Config"]]:
     return list(groups.values())
 
 
-def _register_schema() -> None:
-    from hydra.core.config_store import ConfigStore
-
-    from harness.config import Config
-    from harness.ggml_types import FILE_TYPES
-
-    store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    for name in set(FILE_TYPES) - set(_presets()):  # a preset of that name takes its place
-        store.store(group="quant", name=name, node={"name": name, "file_type": name})
-
-
-def _conf_dir() -> Path:
-    """conf/ inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
-
-
-def _presets() -> list[str]:
-    return sorted(path.stem for path in (_conf_dir() / "quant").glob("*.yaml"))
-
-
-def _options(group: str) -> list[str]:
-    from harness.ggml_types import FILE_TYPES
-
-    names = {path.stem for path in (_conf_dir() / group).glob("*.yaml")}
-    return sorted(names | set(FILE_TYPES) if group == "quant" else names)
-
-
-def _has_experiment(overrides: list[str]) -> bool:
-    return any(one.lstrip("+").startswith("experiment=") for one in overrides)
-
-
-def _has_quant(overrides: list[str]) -> bool:
-    return any(one.startswith("quant=") for one in overrides)
-
-
-def _with_quant(overrides: list[str]) -> list[str]:
-    """For what needs a whole configuration but no quant."""
-    return overrides if _has_quant(overrides) else [*overrides, "quant=reference"]
-
-
-def _require_quant(overrides: list[str], verb: str) -> None:
-    from difflib import get_close_matches
-
-    if not _has_quant(overrides):
-        for one in overrides:
-            if get_close_matches(one.partition("=")[0], ["quant"]):
-                raise _user_error(f"there is no setting {one.partition('=')[0]!r}. Did you mean quant?")
-        raise _user_error(f"{verb} needs to know what to quantize: add quant=iq1_m,iq2_s (or any of llama.cpp's types)")
-
-
-def _user_error(message: str) -> Exception:
-    from harness.errors import UserError
-
-    return UserError(message)
-
-
-def _one_line(error: Exception, overrides: Sequence[str]) -> str:
-    """Hydra's several lines as one that names the nearest right word."""
-    from harness.errors import nearest
-
-    text = f"{error} {error.__cause__ or ''}"
-    missing = re.search(r"Could not find '([\w/]+)/([^']*)'", text)
-    if missing and missing[1] == "experiment":
-        return f"+experiment={missing[2]} is no experiment.{nearest(missing[2], _options('experiment'))}"
-    if missing and missing[1] in GROUPS:
-        hint = nearest(missing[2], _options(missing[1])) or " Such as iq1_m or q4_k_m; sweep --help lists all."
-        return f"{missing[1]}={missing[2]} is no option of {missing[1]}.{hint}"
-    key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' not in", text)
-    if key:
-        return f"there is no setting {key[1]!r}.{nearest(key[1], _setting_names())}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [one for one in overrides if "=" in one and re.search(rf"\b{re.escape(one.split('=')[0])}\b", text)]
-    value = max(named, key=lambda one: len(one.split("=")[0]), default=None)
-    reason = lines[0] if lines else "these settings do not fit together"
-    reason = reason.removeprefix(f"Error merging override {value}").strip()
-    return f"{value or ' '.join(overrides)}: {reason} (see python -m harness sweep --help)"
-
-
-def _setting_names() -> list[str]:
-    from dataclasses import fields, is_dataclass
-
-    from harness.config import Config
-
-    def names(node: Any, prefix: str) -> list[str]:
-        result = []
-        for item in fields(node):
-            value = getattr(node, item.name)
-            path = f"{prefix}{item.name}"
-            result += names(value, f"{path}.") if is_dataclass(value) else [path]
-        return result
-
-    return [*GROUPS, *names(Config(), "")]
-
-
 def _verb_help(verb: str) -> str:
     own = {"audit": AUDIT_HELP, "cache": CACHE_HELP, "card": CARD_HELP, "convert": CONVERT_HELP}
     if verb in own:
@@ -637,9 +460,9 @@ def _verb_help(verb: str) -> str:
     usage = USAGE.get(verb, f"{verb} [key=value ...]")
     lines = [head.replace("VERB [key=value ...]", usage), "", "groups (GROUP=OPTION)"]
     for group in (*GROUPS, "+experiment"):
-        lines.append(f"  {group:<12} {_wrapped(_options(group.lstrip('+')))}")
+        lines.append(f"  {group:<12} {_wrapped(options(group.lstrip('+')))}")
     lines += ["", "settings (KEY=VALUE; what they mean: harness/config.py)"]
-    lines.append(f"  {_wrapped([name for name in _setting_names() if '.' in name], indent=2)}")
+    lines.append(f"  {_wrapped([name for name in setting_names() if '.' in name], indent=2)}")
     return "\n".join(lines) + "\n"
 
 

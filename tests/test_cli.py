@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from harness.cli import GROUPS, _configs_of_sweep, compose, main
+from harness.cli import main
+from harness.compose import GROUPS, compose, configs_of_sweep
 from harness.config import Config, TextConfig, check, results_name
 from harness.errors import UserError
 from harness.ggml_types import FILE_TYPES
@@ -411,7 +412,7 @@ def cases(configs: Sequence[Config]) -> list[tuple[str, str, tuple[str, ...]]]:
 
 
 def test_the_ladder_is_14_cases() -> None:
-    configs = _configs_of_sweep(["+experiment=ladder_ultra_low"])
+    configs = configs_of_sweep(["+experiment=ladder_ultra_low"])
     gate = ["iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m"]
     expected = [(quant, "standard") for quant in (*gate, "iq3_xxs", "q2_k")]
     assert names(configs) == expected + [(quant, "dynamicgate") for quant in gate]
@@ -422,7 +423,7 @@ def test_the_ladder_is_14_cases() -> None:
 def test_attribution_is_7_cases_a_quant() -> None:
     rules = [rule["name"] for rule in yaml.safe_load((CONF / "policy" / "dynamicgate.yaml").read_text())["rules"]]
     assert len(rules) == 5
-    configs = _configs_of_sweep(["+experiment=attribution", "quant=iq1_m"])
+    configs = configs_of_sweep(["+experiment=attribution", "quant=iq1_m"])
     parts = [("iq1_m", "dynamicgate", (rule,)) for rule in rules]
     assert cases(configs) == [("iq1_m", "standard", ()), ("iq1_m", "dynamicgate", ()), *parts]
     assert len(configs) == 7
@@ -430,21 +431,21 @@ def test_attribution_is_7_cases_a_quant() -> None:
         name, kept = load_policy(config.policy)
         assert name == f"dynamicgate_without_{config.policy.without[0]}"
         assert len(kept) == 4
-    assert len(_configs_of_sweep(["+experiment=attribution", "quant=iq1_m,iq2_s"])) == 14
+    assert len(configs_of_sweep(["+experiment=attribution", "quant=iq1_m,iq2_s"])) == 14
 
 
 def test_an_experiment_takes_other_overrides_from_anywhere() -> None:
     for overrides in (["+experiment=ladder_ultra_low", "prompts.n_windows=9"], ["prompts.n_windows=9"]):
         order = overrides if len(overrides) == 2 else [*overrides, "+experiment=ladder_ultra_low"]
-        assert {config.prompts.n_windows for config in _configs_of_sweep(order)} == {9}
-    assert len(_configs_of_sweep(["+experiment=ladder_ultra_low", "prompts.n_windows=1,2"])) == 28
+        assert {config.prompts.n_windows for config in configs_of_sweep(order)} == {9}
+    assert len(configs_of_sweep(["+experiment=ladder_ultra_low", "prompts.n_windows=1,2"])) == 28
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_is_valid(name: str) -> None:
     lines = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())["sweep"]
     has_quants = any("quant=" in line for line in lines)
-    configs = _configs_of_sweep([f"+experiment={name}", *([] if has_quants else ["quant=iq2_xs"])])
+    configs = configs_of_sweep([f"+experiment={name}", *([] if has_quants else ["quant=iq2_xs"])])
     assert len(configs) > 1
     for config in configs:
         check(config)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from harness import checks, plan_checks
-from harness.cli import compose
+from harness.compose import compose
 from harness.cpu import chosen_features, cpu_features, engine_facts, features_text, vector_level
 from harness.doctor import doctor_text
 from harness.errors import UserError

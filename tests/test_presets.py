@@ -16,7 +16,7 @@ import yaml
 from tiny_model import write_tiny_llama
 
 from harness.card_blocks import BLOCKS, Offer, offered
-from harness.cli import compose
+from harness.compose import compose
 from harness.config import Config, QuantConfig, check
 from harness.engine.gguf_file import read_header
 from harness.engine.native import ggml

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from harness import __version__
-from harness.cli import compose
+from harness.compose import compose
 from harness.engine.collect import Activations
 from harness.engine.gguf_file import read_header
 from harness.engine.quantize import quantize, standard_types

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from harness.cli import compose
+from harness.compose import compose
 from harness.engine.collect import Activations
 from harness.engine.quantize import quantize
 from harness.imatrix import read_imatrix, write_imatrix

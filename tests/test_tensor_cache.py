@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_quantize import dense, imatrix_of, matrices, plan_of  # noqa: F401  # dense is a fixture
 
 from harness.cache_view import cache_text, parse_size
-from harness.cli import compose
+from harness.compose import compose
 from harness.errors import UserError
 from harness.plan import TensorPlan
 from harness.quantize import make_variant, tensor_sha256, weights_sha256

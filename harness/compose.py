@@ -1,0 +1,178 @@
+"""Overrides -> configurations. The only module that knows Hydra, which is loaded when it is needed."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from harness.config import Config
+
+GROUPS = ("model", "prompts", "calibration", "quant", "mode", "policy", "measure", "runtime")
+PATH_SETTINGS = ("path", "file", "dir", "cache_dir", "imatrix", "filename")
+CASE_GROUPS = ("quant", "mode", "policy")  # what makes a case; everything else is shared by a sweep
+DEFAULT_MODES = "mode=standard,dynamicgate"
+
+
+def compose(overrides: Sequence[str]) -> list["Config"]:
+    """One configuration for each combination of the overrides' values (`quant=a,b` has two).
+
+    Raises UserError on unknown groups, options, keys and values of the wrong type.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _register_schema()
+    for one in overrides:
+        if "=" not in one:
+            raise UserError(f"{one!r} is no setting: write KEY=VALUE, and lists without spaces (quant=iq1_m,iq2_s)")
+    choices: dict[str, list[str]] = {}
+    try:
+        for override in OverridesParser.create().parse_overrides([_quoted(one) for one in overrides]):
+            key = override.get_key_element()
+            _require_plain(override)
+            if key in choices and key in GROUPS:
+                raise UserError(f"{key}= is given twice: give a list, {key}=a,b")
+            if override.is_sweep_override():
+                choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            else:
+                choices[key] = [override.input_line or ""]
+        with initialize_config_dir(str(_conf_dir()), version_base="1.3"):
+            return [
+                OmegaConf.to_object(hydra_compose("config", list(combination)))  # type: ignore[misc]
+                for combination in itertools.product(*choices.values())
+            ]
+    except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
+        raise UserError(_one_line(error, overrides)) from error
+
+
+def _require_plain(override: Any) -> None:
+    """Raises UserError on forms of overrides that would silently do something else than a reader expects."""
+    line, key = override.input_line, override.get_key_element()
+    if override.is_sweep_override() and not override.is_discrete_sweep():
+        raise UserError(f"{line}: give a list of values")
+    if key.startswith(("+", "~")) and key != "+experiment":
+        raise UserError(f"{line}: settings are changed, not added or removed; leave out the {key[0]}")
+    value = override.value()
+    if key in GROUPS and not override.is_sweep_override() and not isinstance(value, str):
+        raise UserError(f"{line}: {key} wants the name of an option, or several with commas and no brackets")
+
+
+def _quoted(override: str) -> str:
+    """A path with characters that Hydra's grammar wants quoted, in quotes; everything else as it is."""
+    key, equals, value = override.partition("=")
+    name = key.rsplit(".", 1)[-1]
+    if name not in PATH_SETTINGS or not equals or value[:1] in ("'", '"') or "," in value:
+        return override
+    return override if re.fullmatch(r"[A-Za-z0-9/._-]+", value) else f"{key}='{_escaped(value)}'"
+
+
+def _escaped(value: str) -> str:
+    return value.replace("'", r"\'")
+
+
+def configs_of_sweep(overrides: list[str]) -> list["Config"]:
+    """All cases that a sweep's overrides ask for; an experiment brings its own lists of quants and modes."""
+    if has_experiment(overrides):
+        lines = compose(with_quant(overrides))[0].sweep
+        if not any(_has_quant(line.split()) for line in lines):
+            require_quant(overrides, "this experiment")
+        return [config for line in lines for config in compose([*overrides, *line.split()])]
+    if not any(one.startswith("mode=") for one in overrides):
+        overrides = [*overrides, DEFAULT_MODES]
+    require_quant(overrides, "sweep")
+    return compose(overrides)
+
+
+def _register_schema() -> None:
+    from hydra.core.config_store import ConfigStore
+
+    from harness.config import Config
+    from harness.ggml_types import FILE_TYPES
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for name in set(FILE_TYPES) - set(presets()):  # a preset of that name takes its place
+        store.store(group="quant", name=name, node={"name": name, "file_type": name})
+
+
+def _conf_dir() -> Path:
+    """conf/ inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def presets() -> list[str]:
+    return sorted(path.stem for path in (_conf_dir() / "quant").glob("*.yaml"))
+
+
+def options(group: str) -> list[str]:
+    from harness.ggml_types import FILE_TYPES
+
+    names = {path.stem for path in (_conf_dir() / group).glob("*.yaml")}
+    return sorted(names | set(FILE_TYPES) if group == "quant" else names)
+
+
+def has_experiment(overrides: list[str]) -> bool:
+    return any(one.lstrip("+").startswith("experiment=") for one in overrides)
+
+
+def _has_quant(overrides: list[str]) -> bool:
+    return any(one.startswith("quant=") for one in overrides)
+
+
+def with_quant(overrides: list[str]) -> list[str]:
+    """For what needs a whole configuration but no quant."""
+    return overrides if _has_quant(overrides) else [*overrides, "quant=reference"]
+
+
+def require_quant(overrides: list[str], verb: str) -> None:
+    if not _has_quant(overrides):
+        for one in overrides:
+            if get_close_matches(one.partition("=")[0], ["quant"]):
+                raise UserError(f"there is no setting {one.partition('=')[0]!r}. Did you mean quant?")
+        raise UserError(f"{verb} needs to know what to quantize: add quant=iq1_m,iq2_s (or any of llama.cpp's types)")
+
+
+def _one_line(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's several lines as one that names the nearest right word."""
+    text = f"{error} {error.__cause__ or ''}"
+    missing = re.search(r"Could not find '([\w/]+)/([^']*)'", text)
+    if missing and missing[1] == "experiment":
+        return f"+experiment={missing[2]} is no experiment.{nearest(missing[2], options('experiment'))}"
+    if missing and missing[1] in GROUPS:
+        hint = nearest(missing[2], options(missing[1])) or " Such as iq1_m or q4_k_m; sweep --help lists all."
+        return f"{missing[1]}={missing[2]} is no option of {missing[1]}.{hint}"
+    key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' not in", text)
+    if key:
+        return f"there is no setting {key[1]!r}.{nearest(key[1], setting_names())}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [one for one in overrides if "=" in one and re.search(rf"\b{re.escape(one.split('=')[0])}\b", text)]
+    value = max(named, key=lambda one: len(one.split("=")[0]), default=None)
+    reason = lines[0] if lines else "these settings do not fit together"
+    reason = reason.removeprefix(f"Error merging override {value}").strip()
+    return f"{value or ' '.join(overrides)}: {reason} (see python -m harness sweep --help)"
+
+
+def setting_names() -> list[str]:
+    from harness.config import Config
+
+    def names(node: Any, prefix: str) -> list[str]:
+        result = []
+        for item in fields(node):
+            value = getattr(node, item.name)
+            path = f"{prefix}{item.name}"
+            result += names(value, f"{path}.") if is_dataclass(value) else [path]
+        return result
+
+    return [*GROUPS, *names(Config(), "")]
