@@ -1,129 +1,21 @@
-"""Kills a sweep on a tiny model at random moments and checks that nothing is lost, or believed by halves.
+"""Kills a sweep on a tiny model at random moments, over and over; see tests/killing.py for what is checked.
 
-    python benchmarks/kill_sweep.py [KILLS] [SEED]
-
-Each time the sweep or one of its children gets SIGKILL, SIGINT or SIGTERM, and the same command is started again until
-the sweep is finished; then its folders are wiped and it begins anew, until there were KILLS kills. After every kill: no
-process is left, every record that is there is whole and equal to that of an undisturbed sweep (timings aside). After
-every finished sweep: all records are there once, no temporary file, no lock that is held.
+python benchmarks/kill_sweep.py [KILLS] [SEED]
 """
 
-import random
-import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import psutil
-from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from harness.record import read_record  # noqa: E402
-from tests.tiny_model import random_text, write_tiny_llama  # noqa: E402
-
-TIMING_FIELDS = ("timings", "peak_rss_bytes", "environment", "created_utc")
-
-
-def main(kills: int, seed: int) -> None:
-    rng = random.Random(seed)  # noqa: S311
-    with tempfile.TemporaryDirectory(prefix="kill-sweep-") as name:
-        folder = Path(name)
-        write_tiny_llama(folder / "tiny.gguf")
-        for text, text_seed in (("prompts", 1), ("calibration", 2)):
-            (folder / f"{text}.txt").write_text(random_text(600, text_seed))
-        begin = time.monotonic()
-        subprocess.run(command(folder, "truth"), check=True, capture_output=True)
-        length_s = time.monotonic() - begin
-        truth = records(folder / "truth")
-        shutil.rmtree(folder / "truth")
-        print(f"undisturbed: {len(truth)} records in {length_s:.1f} s", flush=True)
-        done = finished = 0
-        while done < kills:
-            killed = run_and_kill(command(folder, "run"), rng.uniform(0.0, 1.1 * length_s), rng)
-            check(records(folder / "run"), truth)
-            done += killed
-            if not killed:
-                finished += 1
-                found = records(folder / "run")
-                assert found.keys() == truth.keys(), f"{found.keys() ^ truth.keys()} differ"
-                stray = list((folder / "run").rglob("*.tmp"))
-                assert not stray, stray
-                for lock in (folder / "run").rglob("*.lock"):
-                    try:
-                        FileLock(lock).acquire(timeout=0).lock.release()
-                    except Timeout as error:
-                        raise AssertionError(f"{lock} is held") from error
-                shutil.rmtree(folder / "run")
-                print(f"{done} kills, {finished} sweeps finished", flush=True)
-    print(f"{done} kills, {finished} sweeps finished: nothing lost, nothing left behind")
-
-
-def command(folder: Path, name: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "harness", "sweep", "quant=iq2_xs,q4_0", f"model.path={folder / 'tiny.gguf'}"),
-        *(f"prompts.path={folder / 'prompts.txt'}", "prompts.n_windows=2", "prompts.window_tokens=128"),
-        *(f"calibration.path={folder / 'calibration.txt'}", "calibration.n_windows=2", "calibration.window_tokens=128"),
-        *("runtime.threads=1", f"runtime.cache_dir={folder / name / 'cache'}", f"results.dir={folder / name}"),
-        *("results.name=sweep", "measure.layers=true", "measure.generate_tokens=2"),
-    ]
-
-
-def run_and_kill(arguments: list[str], after_s: float, rng: random.Random) -> bool:
-    """Whether it was killed; False when it finished first."""
-    sweep = psutil.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True)
-    try:
-        out, err = sweep.communicate(timeout=after_s)
-        assert sweep.returncode == 0, f"exit code {sweep.returncode}: {out[-2000:]}{err[-2000:]}"
-        return False
-    except subprocess.TimeoutExpired:
-        pass
-    family = [sweep, *sweep.children(recursive=True)]
-    victim, number = rng.choice(family), rng.choice([signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-    try:
-        victim.send_signal(number)
-    except psutil.NoSuchProcess:
-        victim, number = sweep, signal.SIGKILL
-        sweep.send_signal(number)
-    # A child that died fails its case, and the sweep goes on to its end with exit code 1.
-    out, err = sweep.communicate(timeout=300)
-    # -SIGINT: CPython's own way out when the interrupt came inside an exec(), as of a dataclass; 130 for a shell too.
-    allowed = (0, 1) if victim is not sweep else (130, -signal.SIGINT, -number, 0)
-    assert sweep.returncode in allowed, f"{number} to {victim}: exit code {sweep.returncode}: {err[-2000:]}"
-    assert "Traceback" not in err, err[-3000:]
-    _, alive = psutil.wait_procs(family[1:], timeout=20)
-    assert not alive, alive
-    return True
-
-
-Found = dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]]  # file name -> record without timings, values
-
-
-def records(folder: Path) -> Found:
-    """All good records; a damaged one raises UserError. Failed ones are left out: they are tried again."""
-    found: Found = {}
-    for path in (folder / "sweep" / "records").glob("*.json"):
-        record = read_record(path)
-        if record.ok:
-            data = {name: value for name, value in record.data.items() if name not in TIMING_FIELDS}
-            found[path.name] = (data, record.per_token())
-    return found
-
-
-def check(found: Found, truth: Found) -> None:
-    for name, (data, values) in found.items():
-        expected_data, expected = truth[name]
-        different = [field for field in expected_data if data.get(field) != expected_data[field]]
-        assert not different, f"{name}: {different}"
-        assert values.keys() == expected.keys()
-        assert all(np.array_equal(values[field], expected[field]) for field in expected), name
-
+from killing import kill_sweeps  # noqa: E402
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200, int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    kills, seed = (int(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((1, 200), (2, 0)))
+    with tempfile.TemporaryDirectory(prefix="kill-sweep-") as name:
+        seen = kill_sweeps(Path(name), kills, seed, lambda text: print(text, flush=True))
+    for what, times in sorted(seen.items()):
+        print(f"{times:5} {what}")
+    print("nothing lost, nothing left behind")

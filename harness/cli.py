@@ -50,7 +50,7 @@ examples
   python -m harness audit CARD.md                            (or TABLE.csv; --json for programs)
   python -m harness sweep model.path=my-f16.gguf quant=iq2_xs,iq2_s,q2_k prompts.n_windows=16
 
-exit codes: 0 done, 1 a case failed, 2 bad input, 130 stopped (the same command goes on where it was)
+exit codes: 0 done, 1 a case or a disk failed, 2 bad input, 130 stopped (the same command goes on where it was)
 """
 
 AUDIT_HELP = """usage: python -m harness audit CARD.md|TABLE.csv [--json]
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(HELP, end="")
         return 0
     verb, *rest = arguments
-    from harness.errors import EngineError, UserError, nearest
+    from harness.errors import EngineError, UserError, disk_error, nearest
 
     verbs = {
         "sweep": _sweep,
@@ -137,6 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk, a folder that refuses: no other case would fare better
+        print(f"error: {disk_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; what was measured is kept, the same command goes on from there", file=sys.stderr)
@@ -320,7 +323,7 @@ def _report(arguments: list[str]) -> int:
     """Plain settings of its own, not Hydra's: it must run where only pandas and matplotlib are."""
     from harness.errors import UserError
     from harness.record import RECORDS
-    from harness.report import load_results, write_full_report
+    from harness.report import write_full_report
 
     given: dict[str, list[str]] = {"results": [], "out": [], "allow_different": []}
     for argument in arguments:
@@ -341,7 +344,7 @@ def _report(arguments: list[str]) -> int:
         raise UserError("several sweeps make a new report: say where with out=DIR")
     _require_sweeps(folders)
     out = Path(given["out"][0]).expanduser() if given["out"] else folders[0] / "report"
-    report = write_full_report(load_results(folders, allow_different=given["allow_different"]), out)
+    report = write_full_report(folders, out, given["allow_different"])
     print(report.text)
     print("written:", *report.paths, sep="\n  ")
     return 0
@@ -561,6 +564,7 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     named = [one for one in overrides if "=" in one and re.search(rf"\b{re.escape(one.split('=')[0])}\b", text)]
     value = max(named, key=lambda one: len(one.split("=")[0]), default=None)
     reason = lines[0] if lines else "these settings do not fit together"
+    reason = reason.removeprefix(f"Error merging override {value}").strip()
     return f"{value or ' '.join(overrides)}: {reason} (see python -m harness sweep --help)"
 
 

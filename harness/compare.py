@@ -92,14 +92,14 @@ def equal_size_verdict(case: Measured, ladder: Sequence[Measured]) -> Verdict:
 def dominators(cases: Sequence[Measured]) -> dict[str, str]:
     """For each dominated case the name of the best one that is no larger and has a lower perplexity beyond noise.
 
-    Of those that are no larger the ten best are tried. A placebo dominates nothing: it is not for use.
+    Of those that are no larger the two best are tried. A placebo dominates nothing: it is not for use.
     """
     found = {}
     usable = [case for case in cases if not case.mode.startswith("placebo")]
     best_first = sorted(usable, key=lambda one: one.mean_nll)
     for case in cases:
         better = (one for one in best_first if one.file_bytes <= case.file_bytes and one.mean_nll < case.mean_nll)
-        names = (one.name for one in islice(better, 10) if mean_interval(one.nll - case.nll).sign == -1)
+        names = (one.name for one in islice(better, 2) if mean_interval(one.nll - case.nll).sign == -1)
         best = next(names, None)
         if best:
             found[case.name] = best

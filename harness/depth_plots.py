@@ -2,19 +2,20 @@
 draw frames of `harness.plot_frames` and `harness.pass_frames` and compute nothing.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from harness.plot_frames import series_of
-from harness.plots import DPI, WIDTH_INCHES, heading, log_axis, styles
+from harness.plots import heading, log_axis, new_figure, styles
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _DASHES: tuple[Any, ...] = (
     "-",
@@ -31,13 +32,17 @@ _DASHES: tuple[Any, ...] = (
 def plot_types(types: pd.DataFrame, title: str) -> Figure:
     """Bits per weight by layer and role, the standard file beside the policy's; one row of two panels a quant.
     Triangles mark what the policy raised and lowered; what is outside the blocks stands below as text."""
+    from matplotlib import colormaps
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.ticker import MaxNLocator
+
     quants = list(dict.fromkeys(types.quant))
     levels = sorted({*types.bpw, *types.standard_bpw})
     names = [_types_of(types, level) for level in levels]
     colours = ListedColormap(colormaps["viridis"](np.linspace(0, 1, len(levels))))
     n_roles = max(_grid(types[types.quant == quant], "bpw").shape[0] for quant in quants)
     height = 1.0 + len(quants) * (0.75 + 0.16 * n_roles)
-    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, layout="constrained")
+    figure = new_figure(height)
     panels = figure.subplots(len(quants), 2, squeeze=False, sharey="row")
     norm = BoundaryNorm(np.arange(len(levels) + 1) - 0.5, len(levels))
     for (left, right), quant in zip(panels, quants, strict=True):
@@ -103,10 +108,12 @@ def _mark_changes(axes: Axes, rows: pd.DataFrame, roles: Sequence[str]) -> None:
 
 def plot_layers(layers: pd.DataFrame, title: str) -> Figure:
     """Relative error of the hidden state after each layer, with its interval; one panel a quant, one line a mode."""
+    from matplotlib.ticker import MaxNLocator
+
     quants = list(dict.fromkeys(layers.quant))
     n_columns = min(2, len(quants))
     n_rows = -(-len(quants) // n_columns)
-    figure = Figure(figsize=(WIDTH_INCHES, 1.5 + 2.1 * n_rows), dpi=DPI, layout="constrained")
+    figure = new_figure(1.5 + 2.1 * n_rows)
     panels = figure.subplots(n_rows, n_columns, sharey=True, sharex=True, squeeze=False).ravel()
     series = [series_of(name, quant) for name, quant in zip(layers["name"], layers.quant, strict=True)]
     kinds = styles(series)
@@ -138,7 +145,9 @@ def plot_layers(layers: pd.DataFrame, title: str) -> Figure:
 
 def plot_kld_distribution(quantiles: pd.DataFrame, title: str) -> Figure:
     """How the KLD of single tokens is spread: a line with its quantiles for each variant, log axis."""
-    figure = Figure(figsize=(WIDTH_INCHES, 1.9 + 0.25 * len(quantiles)), dpi=DPI, layout="constrained")
+    from matplotlib.ticker import LogFormatter
+
+    figure = new_figure(1.9 + 0.25 * len(quantiles))
     axes = figure.subplots()
     kinds = styles(quantiles.series)
     for series, (colour, _, _) in kinds.items():
@@ -165,7 +174,7 @@ def plot_kld_distribution(quantiles: pd.DataFrame, title: str) -> Figure:
 
 def plot_position(positions: pd.DataFrame, n_variants: int, title: str) -> Figure:
     """Mean nll above the reference's over the position in the window, with bands. n_variants: measured in all."""
-    figure = Figure(figsize=(WIDTH_INCHES, 5), dpi=DPI, layout="constrained")
+    figure = new_figure(5)
     axes = figure.subplots()
     names = list(dict.fromkeys(positions["name"]))[::-1]  # the worst first: the order of the lines
     means = positions.delta_nll

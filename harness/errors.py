@@ -1,6 +1,7 @@
 """The two kinds of failure that a user meets."""
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
 
 _LONGEST_NAME = 120
@@ -32,7 +33,15 @@ class EngineError(Exception):
     def with_log(self) -> str:
         """The message, and the last line of the log that tells more."""
         said = [line.strip() for line in self.log_tail if any(word in line.lower() for word in ("error", "assert"))]
-        return f"{self} ({printable(said[-1])})" if said else str(self)
+        return f"{self} ({printable(said[-1])})" if said and said[-1] not in str(self) else str(self)
+
+
+def disk_error(error: OSError) -> str:
+    """One line of an error that the system gave: which file, what, and what to do."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    mend = "make room, then " if full else "" if error.errno == errno.ENOENT else "mend that, then "
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}; {mend}give the same command again: what was measured is kept"
 
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:

@@ -21,6 +21,7 @@ class GgmlType(NamedTuple):
         return 8 * self.block_bytes / self.block_weights
 
 
+PINNED_VERSION = "0.3.36"  # of llama-cpp-python; pyproject.toml pins it
 GGUF_ALIGNMENT = 32  # the default of the format, and what llama_model_quantize pads to
 IMATRIX_MIN_ROWS = 16  # llama-imatrix skips multiplications with fewer rows: they are not weights times tokens
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from harness.errors import UserError, some
 from harness.ggml_types import GGML_TYPES, GGUF_ALIGNMENT
 
+_VERSIONS = (2, 3)
 MAX_TENSORS = 1 << 13  # the largest mixtures have about 2,000; ggml looks names up one by one
 MAX_KEYS = 1 << 13  # models have about 50
 _MAX_KEY_BYTES = 65_535  # of the format
@@ -107,8 +108,13 @@ class _Reader:
 def _bytes_needed(reader: _Reader, where: str) -> int:
     """Bytes of a whole file with this header."""
     version = reader.u32()
-    if version not in (2, 3):
-        raise _Damaged(f"it is of GGUF version {version}, 2 and 3 are known")
+    if version not in _VERSIONS:
+        if int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS:
+            raise UserError(
+                f"{where} is a big-endian GGUF, llama.cpp reads little-endian ones here: give another file, or turn it "
+                "round with gguf-convert-endian of the package gguf"
+            )
+        raise UserError(f"{where} is of GGUF version {version}, this llama.cpp reads 2 and 3: convert the model again")
     n_tensors, n_keys = reader.u64(), reader.u64()
     for n, most, what in ((n_tensors, MAX_TENSORS, "tensors"), (n_keys, MAX_KEYS, "keys")):
         if n > most:

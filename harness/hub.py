@@ -120,7 +120,13 @@ def _files(hub: HubConfig) -> list[str]:
 
 def _ask(hub: HubConfig, key: str, name: str, question: Callable[[], Found]) -> Found:
     """What the hub answers. Raises UserError on whatever goes wrong, with what the repository has instead of `name`."""
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     where = f"{hub.repo_id}/{name} at {hub.revision}"
     try:
@@ -133,6 +139,6 @@ def _ask(hub: HubConfig, key: str, name: str, question: Callable[[], Found]) -> 
         if isinstance(error, EntryNotFoundError):
             with suppress(Exception):
                 there = f"; {_offer(_files(hub), hub.repo_id or '')}"
-        raise UserError(
-            f"the hub does not give {where} ({first_line}): check {key}.*, and HF_TOKEN if gated{there}"
-        ) from error
+        answered = isinstance(error, HfHubHTTPError | HFValidationError)
+        mend = f"check {key}.*, and HF_TOKEN if gated{there}" if answered else "check the connection and try again"
+        raise UserError(f"the hub does not give {where} ({first_line}): {mend}") from error

@@ -86,7 +86,7 @@ def load_origin(path: Path, log_path: Path) -> tuple[str | None, int | None]:
 def _in_child(read: Callable[[Path], Any], path: Path, log_path: Path) -> Any:
     try:
         return run_in_child(read, path, log_path=log_path)
-    except EngineError as error:
+    except (EngineError, OSError) as error:
         raise UserError(f"{path} cannot be read as a GGUF imatrix ({error}): make it again") from error
 
 
@@ -106,6 +106,12 @@ def read_imatrix(path: Path) -> Imatrix:
 
     if not path.is_file():
         raise UserError(f"no imatrix at {path}: check calibration.imatrix")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(
+                f"{path} is no GGUF imatrix: give one that llama-imatrix wrote; it also turns its old format into one, "
+                "with llama-imatrix -m MODEL.gguf --in-file OLD.dat -o NEW.gguf"
+            )
     try:
         tensors = read_float_tensors(path)
     except UserError as error:

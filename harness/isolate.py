@@ -6,6 +6,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ def run_in_child(
     """What `function(*args, **kwargs)` returns in a spawned child, whose stdout and stderr go to `log_path`.
 
     With `on_progress`, the function gets a keyword argument of that name, and what it reports (a share, 0 to 1)
-    arrives here. The parent sleeps while it waits. UserError and EngineError come back as they are; any other
-    exception, and a child that dies, as EngineError with the log's last lines. The child dies with its parent.
+    arrives here. The parent sleeps while it waits. UserError, EngineError and OSError (a full disk, say) come back as
+    they are; any other exception, and a child that dies, as EngineError with the log's last lines. The child dies with
+    its parent.
     """
     spawn = multiprocessing.get_context("spawn")
     log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +58,8 @@ def run_in_child(
                 return payload
             if kind == "user_error":
                 raise UserError(payload)
+            if kind == "os_error":
+                raise OSError(*payload)
             raise EngineError(payload, log_tail(log_path))
         process.join()
         raise EngineError(_cause_of_death(process.exitcode), log_tail(log_path))
@@ -102,12 +106,12 @@ def _child(
 
     # Ctrl-C reaches the whole group; the parent decides what happens to this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
     os.environ["GGML_NO_BACKTRACE"] = "1"  # else an abort starts a debugger, whose output hides the reason
     threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
     try:
+        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
         if with_progress:
             kwargs = {**kwargs, "on_progress": lambda share: connection.send(("progress", share))}
         connection.send(("result", function(*args, **kwargs)))
@@ -116,9 +120,14 @@ def _child(
     except EngineError as error:
         connection.send(("error", str(error)))
     except BaseException as error:
-        traceback.print_exc()
-        connection.send(("error", f"{type(error).__name__}: {error}"))
-    sys.stderr.flush()
+        with suppress(OSError):  # the disk of the log may be the one that is full
+            traceback.print_exc()
+        if isinstance(error, OSError) and error.errno is not None:
+            connection.send(("os_error", (error.errno, error.strerror, error.filename)))
+        else:
+            connection.send(("error", f"{type(error).__name__}: {error}"))
+    with suppress(OSError):
+        sys.stderr.flush()
 
 
 def _die_with_parent(connection: Connection) -> None:

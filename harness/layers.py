@@ -49,7 +49,7 @@ def measure_layers(sweep: Sweep, display: ProgressDisplay) -> list[str]:
                     )
                 write_layers(case.record_path, case.key, sweep.layers_key, layers, errors)
         except EngineError as error:
-            failures.append(f"{case.name}, layers: {error.with_log}")
+            failures.append(f"{case.name}, layers: {error.with_log}; the same command tries again")
     return failures
 
 

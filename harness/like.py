@@ -55,7 +55,7 @@ def _rules(path: Path, reference: Reference, cache: Cache) -> tuple[Rule, ...]:
     where = f"policy.file={path}"
     try:
         header = run_in_child(read_header_json, path, log_path=cache.path("logs", "like", ".log"))
-    except EngineError as error:
+    except (EngineError, OSError) as error:
         raise UserError(f"{where} cannot be read as a GGUF ({error}): fetch it again") from error
     info = GgufInfo.from_json(header)
     if info.architecture != reference.info.architecture:

@@ -80,7 +80,7 @@ def score(
                         values = _score_reference(batches, window, probabilities)
                         cache.seal(probabilities)
                     elif not cache.holds(probabilities):
-                        raise EngineError("the reference was not scored, so there is nothing to compare with")
+                        raise EngineError(f"{probabilities} is gone or was changed")
                     else:
                         with probabilities.open("rb") as file:
                             values = _score_window(batches, window, RowReader(file, vocab_size))
@@ -201,11 +201,11 @@ def _score_window(
     nll = np.concatenate([piece.nll for piece in pieces])
     bad = int(np.count_nonzero(~np.isfinite(nll)))
     if bad:
-        raise EngineError(f"{bad} of {nll.size} tokens got a probability that is not finite: the variant is broken")
+        raise EngineError(f"{bad} of {nll.size} tokens got a probability that is not finite: the model is broken")
     if nll.size > 1 and np.ptp(nll) == 0:
-        raise EngineError(f"every token has the same nll ({nll[0]:.4g} nats): the variant is broken")
+        raise EngineError(f"every token has the same nll ({nll[0]:.4g} nats): the model is broken")
     if nll.mean() > _BROKEN_NLL:
-        raise EngineError(f"the mean nll is {nll.mean():.0f} nats, no perplexity is that large: the variant is broken")
+        raise EngineError(f"the mean nll is {nll.mean():.0f} nats, no perplexity is that large: the model is broken")
     values = {"nll": nll, "top": np.concatenate([piece.top for piece in pieces])}
     if reference:
         values["kld"] = np.concatenate([piece.kld for piece in pieces if piece.kld is not None])

@@ -5,6 +5,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from harness.stats import quantiles
+
 VERSION = 2  # of every per-token value below; records of different versions are not compared
 
 _ROWS_AT_A_TIME = 16  # 16 rows of a 50k vocabulary are 3 MB: they stay in the cache between the passes over them
@@ -78,7 +80,7 @@ def kld_summary(kld: np.ndarray) -> dict[str, float]:
     flat = kld.ravel()
     summary = {"kld_mean": float(flat.mean()), "kld_se": float(flat.std() / math.sqrt(max(1, flat.size - 1)))}
     percents = (50, 90, 95, 99, 99.9)
-    for percent, value in zip(percents, np.percentile(flat, percents), strict=True):
+    for percent, value in zip(percents, quantiles(flat, [percent / 100 for percent in percents]), strict=True):
         name = "kld_median" if percent == 50 else f"kld_p{percent:g}".replace(".", "_")
         summary[name] = float(value)
     return {**summary, "kld_max": float(flat.max())}
@@ -100,7 +102,7 @@ def probability_change(nll: np.ndarray, nll_reference: np.ndarray) -> dict[str, 
     percents = (1, 5, 25, 50, 75, 95, 99)
     return summary | {
         f"dp_p{percent}_pct": float(value)
-        for percent, value in zip(percents, np.percentile(delta, percents), strict=True)
+        for percent, value in zip(percents, quantiles(delta, [percent / 100 for percent in percents]), strict=True)
     }
 
 
@@ -112,9 +114,9 @@ def share(flags: np.ndarray) -> Estimate:
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     """Pearson's correlation of two arrays of per-token nll; None when one of them does not vary."""
-    if a.std() == 0 or b.std() == 0:
-        return None
-    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+    from_mean, other = a.ravel() - a.mean(), b.ravel() - b.mean()
+    variances = float(from_mean @ from_mean) * float(other @ other)
+    return float(from_mean @ other) / math.sqrt(variances) if variances else None
 
 
 def perplexity(nll: np.ndarray) -> Estimate:

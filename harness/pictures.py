@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import signal
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from multiprocessing import get_all_start_methods, get_context, set_forkserver_preload
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-
 from harness.depth_plots import plot_kld_distribution, plot_layers, plot_position, plot_types
+from harness.pass_frames import layers_frame
 from harness.plot_frames import (
     MOST_QUANTS,
     board_points,
@@ -25,11 +27,16 @@ from harness.plot_frames import (
     types_frame,
 )
 from harness.plots import plot_delta, plot_speed, plot_tradeoff
+from harness.record import Record
+from harness.store import write_atomic
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from harness.report import Results
 
 _TYPES_A_PICTURE = 6  # quants
+_MANY_RECORDS = 100  # of fewer, the start of other processes takes longer than the drawing
 _PLAIN_TEXT: dict[Any, Any] = {"text.parse_math": False}  # names may hold a $, which is no formula
 
 
@@ -44,35 +51,83 @@ class Picture:
     @cached_property
     def figure(self) -> Figure:
         """Drawn once, however many formats are written."""
+        from matplotlib import rc_context
+
         with rc_context(_PLAIN_TEXT):
             return self.draw()
 
     def save(self, path: Path, kind: str) -> None:
         """kind: png or svg. The same figure gives the same bytes; text in an SVG stays text."""
+        from matplotlib import rc_context
+
         with rc_context({**_PLAIN_TEXT, "svg.fonttype": "none", "svg.hashsalt": self.name}):
             self.figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        self.figure.set_layout_engine("none")  # laid out once: the next format needs no second time
+        self.figure.set_layout_engine(None)  # laid out once: the next format needs no second time
+
+
+def save_all(
+    drawn: Sequence[Picture], folder: Path, formats: Sequence[str], painters: Executor | None
+) -> Iterable[None]:
+    """Write each picture in each format into `folder`, atomically; in the processes of `painters`, if there are any:
+    then whoever goes through the result waits for them."""
+    save = partial(_save, folder=folder, formats=formats)
+    return painters.map(save, drawn) if painters else [save(one) for one in drawn]
+
+
+def _save(picture: Picture, folder: Path, formats: Sequence[str]) -> None:
+    for kind in formats:
+        write_atomic(folder / f"{picture.name}.{kind}", partial(picture.save, kind=kind))
+
+
+@contextmanager
+def painters(n_records: int) -> Iterator[Executor | None]:
+    """Two processes that draw the pictures of many records; None for few. They load their libraries while the records
+    are read."""
+    if n_records < _MANY_RECORDS:
+        yield None
+        return
+    name = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"  # there is none on Windows
+    if name == "forkserver":
+        from multiprocessing.forkserver import ensure_running
+
+        set_forkserver_preload([__name__, "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"])
+        ensure_running()
+    with ProcessPoolExecutor(2, get_context(name), _leave_interrupts) as pool:
+        yield pool
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C is for the parent to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def pictures(results: Results, only: Collection[str] | None = None) -> list[Picture]:
     """Every picture that these results have figures for; `only` those of these names."""
+    return [*pictures_of_files(results, only), *pictures_of_depth(results.measured, only)]
+
+
+def pictures_of_files(results: Results, only: Collection[str] | None = None) -> list[Picture]:
+    """Those of whole files."""
     if not results.measured:
         return []
-    makers = {
-        "tradeoff": _tradeoff,
-        "kld": _kld,
-        "delta": _delta,
-        "speed": _speed,
-        "types": _types,
-        "layers": _layers,
-        "kld_distribution": _kld_distribution,
-        "position": _position,
-    }
-    return [one for name, make in makers.items() if only is None or name in only for one in make(results)]
+    return _pictures({"tradeoff": _tradeoff, "kld": _kld, "delta": _delta, "speed": _speed}, results, only)
 
 
-def _title(results: Results) -> str:
-    return results.title.split(":")[0]
+def pictures_of_depth(measured: Sequence[Record], only: Collection[str] | None = None) -> list[Picture]:
+    """Those of what is inside files and measurements; they need records alone."""
+    makers = {"types": _types, "layers": _layers, "kld_distribution": _kld_distribution, "position": _position}
+    return _pictures(makers, measured, only)
+
+
+def _pictures(
+    makers: Mapping[str, Callable[[Any], Iterator[Picture]]], figures: Any, only: Collection[str] | None
+) -> list[Picture]:
+    return [one for name, make in makers.items() if only is None or name in only for one in make(figures)]
+
+
+def _title(measured: Sequence[Record]) -> str:
+    data = measured[0].data
+    return f"{data['reference']['name']} on {data['prompt_set']['name']}"
 
 
 def _part(n_shown: int, n_all: int, what: str) -> str:
@@ -89,7 +144,7 @@ def _tradeoff(results: Results, *, kld: bool = False) -> Iterator[Picture]:
         return
     found = runs[(runs["mode"] == "reference") & (runs.status == "ok")].to_dict("records")
     board = board_points(results.measured[0].data["reference"]["name"], points.size_mib.tolist())
-    draw = partial(plot_tradeoff, points, _title(results), found[0] if found else None, board, kld=kld)
+    draw = partial(plot_tradeoff, points, _title(results.measured), found[0] if found else None, board, kld=kld)
     if kld:
         yield Picture("kld", "Mean KL divergence from the reference against file size.", draw)
     else:
@@ -105,49 +160,54 @@ def _delta(results: Results) -> Iterator[Picture]:
     if len(deltas):
         part = _part(len(deltas), int(results.comparison.delta_ppl_pct.notna().sum()), "pairs")
         caption = f"Change of perplexity against the standard file of the same quant.{part}"
-        yield Picture("delta", caption, partial(plot_delta, deltas, _title(results)))
+        yield Picture("delta", caption, partial(plot_delta, deltas, _title(results.measured)))
 
 
 def _speed(results: Results) -> Iterator[Picture]:
     if len(results.speed):
-        draw = partial(plot_speed, speed_points(results.speed, results.bench), _title(results))
+        draw = partial(plot_speed, speed_points(results.speed, results.bench), _title(results.measured))
         yield Picture("speed", "Speed of the timing pass against file size.", draw)
 
 
-def _types(results: Results) -> Iterator[Picture]:
-    types = types_frame(results.measured)
+def _types(measured: Sequence[Record]) -> Iterator[Picture]:
+    types = types_frame(measured)
     quants = list(dict.fromkeys(types.quant))
-    n_quants = results.comparison.quant.nunique()
+    n_quants = len({record.data["quant"] for record in _variants(measured)})
     part = _part(len(quants), n_quants, "quants") if n_quants > MOST_QUANTS else ""
     for first in range(0, len(quants), _TYPES_A_PICTURE):
         rows = types[types.quant.isin(quants[first : first + _TYPES_A_PICTURE])]
         number = first // _TYPES_A_PICTURE + 1
         name = "types" if number == 1 else f"types_{number}"
-        draw = partial(plot_types, rows, _title(results))
+        draw = partial(plot_types, rows, _title(measured))
         yield Picture(name, f"Bits per weight of every tensor: what the policy changed.{part}", draw)
 
 
-def _layers(results: Results) -> Iterator[Picture]:
-    if len(results.layers):
-        rows = results.layers[results.layers.layer != "mean"]
+def _layers(measured: Sequence[Record]) -> Iterator[Picture]:
+    layers = layers_frame(measured)
+    if len(layers):
+        rows = layers[layers.layer != "mean"]
         quants = list(dict.fromkeys(rows.quant))
         shown = [quants[i] for i in spread_out(len(quants), MOST_QUANTS)]
-        draw = partial(plot_layers, rows[rows.quant.isin(shown)], _title(results))
+        draw = partial(plot_layers, rows[rows.quant.isin(shown)], _title(measured))
         part = _part(len(shown), len(quants), "quants")
         yield Picture("layers", f"Error of the hidden state over the depth.{part}", draw)
 
 
-def _kld_distribution(results: Results) -> Iterator[Picture]:
-    quantiles = kld_quantiles_frame(results.measured)
+def _kld_distribution(measured: Sequence[Record]) -> Iterator[Picture]:
+    quantiles = kld_quantiles_frame(measured)
     if len(quantiles):
-        draw = partial(plot_kld_distribution, quantiles, _title(results))
-        part = _part(len(quantiles), int(results.runs.kld_mean.notna().sum()), "variants")
+        draw = partial(plot_kld_distribution, quantiles, _title(measured))
+        n_measured = sum("kld" in record.per_token() for record in _variants(measured))
+        part = _part(len(quantiles), n_measured, "variants")
         yield Picture("kld_distribution", f"How the KL divergence of single tokens is spread.{part}", draw)
 
 
-def _position(results: Results) -> Iterator[Picture]:
-    positions = position_frame(results.measured)
+def _position(measured: Sequence[Record]) -> Iterator[Picture]:
+    positions = position_frame(measured)
     if len(positions):
-        n_variants = sum(record.data["mode"] != "reference" for record in results.measured)
-        draw = partial(plot_position, positions, n_variants, _title(results))
+        draw = partial(plot_position, positions, len(_variants(measured)), _title(measured))
         yield Picture("position", "Loss against the reference by position in the window.", draw)
+
+
+def _variants(measured: Sequence[Record]) -> list[Record]:
+    return [record for record in measured if record.data["mode"] != "reference"]

@@ -17,9 +17,9 @@ from harness.stats import BLOCK_TOKENS, MIN_BLOCKS, Interval, mean_interval, sma
 MIB = 1 << 20
 KLD_FLOOR = 1e-6  # nats; what is below is rounding and has no place on a log axis
 KLD_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
-MOST_ROWS = 40  # of a picture with a line for each variant
+MOST_ROWS = 24  # of a picture with a line for each variant
 MOST_QUANTS = 18  # of pictures with a panel for each quant; of more, a few are examples enough
-FEW_QUANTS = 6
+FEW_QUANTS = 2
 _LLAMA_3_8B = re.compile(r"llama[-_ ]?3[-_ ]8b", re.IGNORECASE)
 
 _POINT_COLUMNS = ("name", "quant", "series", "size_mib", "value", "low", "high", "on_front", "from_mib", "from_value")

@@ -1,22 +1,25 @@
 """Plots of whole files: perplexity, KLD and speed against size, change of perplexity. They draw frames of
 `harness.plot_frames` and compute nothing. A figure is 8 inches wide: readable where a model card shows it at 800 px.
+matplotlib is loaded when the first one is drawn, which may be in another process.
 """
+
+from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness.plot_frames import MIB, MOST_ROWS, spread_out
 
-WIDTH_INCHES = 8.0
-DPI = 120
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_WIDTH_INCHES = 8.0
+_DPI = 120
 FEW = 8  # up to so many points each has a label of its own
 MANY = 40  # beyond so many pairs lines without heads lead from standard to the others
 # Okabe and Ito's palette: told apart by colour-blind readers; markers differ as well.
@@ -40,6 +43,13 @@ def styles(series: Iterable[str]) -> dict[str, tuple[str, str, str]]:
     return found
 
 
+def new_figure(height_inches: float) -> Figure:
+    """An empty one. Without pyplot: no window system, no global state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(_WIDTH_INCHES, height_inches), dpi=_DPI, layout="constrained")
+
+
 def heading(title: str, *lines: str) -> str:
     """The title and what the marks mean, wrapped to the figure's width."""
     return "\n".join(part for line in (title, *lines) if line for part in textwrap.wrap(line, 88))
@@ -50,7 +60,7 @@ def plot_tradeoff(
 ) -> Figure:
     """Perplexity (or mean KLD, log axis) against file size, with bars; the Pareto front; arrows from standard to the
     other modes. reference: its row of the runs; board: published points, drawn faintly."""
-    figure = Figure(figsize=(WIDTH_INCHES, 5.4), dpi=DPI, layout="constrained")
+    figure = new_figure(5.4)
     axes = figure.subplots()
     few = len(points) <= FEW
     if len(board):
@@ -77,6 +87,8 @@ def plot_tradeoff(
         )
     paired = points[points.from_value.notna()]
     if len(paired) > MANY:
+        from matplotlib.collections import LineCollection
+
         ends = paired[["from_mib", "from_value", "size_mib", "value"]].to_numpy(float).reshape(-1, 2, 2)
         axes.add_collection(LineCollection(list(ends), colors="#AAAAAA", linewidths=0.5, zorder=2))
     for row in [] if len(paired) > MANY else paired.to_dict("records"):
@@ -120,7 +132,7 @@ def plot_tradeoff(
 def plot_delta(deltas: pd.DataFrame, title: str) -> Figure:
     """Change of perplexity against the standard file, per cent, as bars with their 95 % intervals."""
     height = 1.5 + 0.27 * len(deltas)
-    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, layout="constrained")
+    figure = new_figure(height)
     axes = figure.subplots()
     kinds = styles(deltas.series)
     labels = [
@@ -167,7 +179,7 @@ def plot_delta(deltas: pd.DataFrame, title: str) -> Figure:
 
 def plot_speed(points: pd.DataFrame, title: str) -> Figure:
     """Tokens/s of generation and of prompt processing against file size; bars from the slowest to the fastest round."""
-    figure = Figure(figsize=(WIDTH_INCHES, 4.6), dpi=DPI, layout="constrained")
+    figure = new_figure(4.6)
     panels = figure.subplots(1, 2)
     for axes, (step, name) in zip(panels, (("generate", "generation"), ("prompt", "prompt processing")), strict=True):
         of_step = points[points.step == step]
@@ -191,6 +203,8 @@ def plot_speed(points: pd.DataFrame, title: str) -> Figure:
 
 def log_axis(axes: Axes, values: Iterable[float]) -> None:
     """A log axis with plain numbers (0.1, 0.2, 0.5) that holds the values and at least a factor of two."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     values = [value for value in values if value > 0]
     axes.set_yscale("log")
     ratio = max(values) / min(values)
@@ -223,7 +237,7 @@ def _label(figure: Figure, axes: Axes, rows: pd.DataFrame, column: str) -> None:
     """Name the quants beside their points, each where it covers least. Many points: only the standard ladder and the
     quants that are not on it, and of these at most MOST_ROWS."""
     figure.draw_without_rendering()  # places the axes, so that points have their pixels
-    figure.set_layout_engine("none")  # and there they stay
+    figure.set_layout_engine(None)  # and there they stay
     pixels = figure.dpi / 72
     middle = [tuple(xy) for xy in axes.transData.transform(rows[["size_mib", column]].to_numpy(float))]
     taken = [_box(xy, 5 * pixels, 5 * pixels) for xy in middle]
@@ -266,6 +280,8 @@ def _label(figure: Figure, axes: Axes, rows: pd.DataFrame, column: str) -> None:
         if far:  # from the point to the nearest edge of its label
             leaders.append([(x, y), (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))])
     if leaders:
+        from matplotlib.collections import LineCollection
+
         ends = figure.transFigure.inverted().transform(np.reshape(leaders, (-1, 2))).reshape(-1, 2, 2)
         figure.add_artist(LineCollection(list(ends), colors="#888888", linewidths=0.5, transform=figure.transFigure))
 

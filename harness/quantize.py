@@ -1,5 +1,6 @@
 """Plan -> GGUF file, read back and compared with the plan. Runs in a child process."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +23,40 @@ def make_variant(
 ) -> dict[str, Any]:
     """Quantize the reference as planned. Returns {"quantize_s": seconds}.
 
-    Raises EngineError when llama.cpp fails or the file that it wrote is not the planned one.
+    Raises EngineError when llama.cpp fails or the file that it wrote is not the planned one, OSError when there is no
+    room for it.
     """
+    try:
+        return _made_variant(source, target, plan, imatrix, n_threads=n_threads, on_progress=on_progress)
+    except EngineError:
+        _require_room(target, plan.file_bytes)  # llama.cpp does not tell a full disk from other failures
+        raise
+
+
+def _require_room(target: Path, n_bytes: int) -> None:
+    """Raises OSError when the disk has no room for a file of that size."""
+    if hasattr(os, "posix_fallocate"):
+        with target.open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+
+
+def _made_variant(
+    source: Path,
+    target: Path,
+    plan: Plan,
+    imatrix: Path | None,
+    *,
+    n_threads: int,
+    on_progress: Callable[[float], None] | None,
+) -> dict[str, Any]:
     from harness.engine.gguf_file import read_header
     from harness.engine.quantize import quantize
 
     assert plan.file_type is not None
-    weights = read_imatrix(imatrix).weights if imatrix else {}
+    try:
+        weights = read_imatrix(imatrix).weights if imatrix else {}
+    except UserError as error:  # it was checked before: somebody deleted or changed it since
+        raise EngineError(f"the imatrix {imatrix} is gone or was changed") from error
     metadata = {key: len(weights) if key == IMATRIX_ENTRIES else value for key, value in plan.metadata}
     begin = time.perf_counter()
     quantize(

@@ -3,6 +3,7 @@
 results/README.md documents the fields. The per-token values lie beside the record in an .npz file.
 """
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -52,6 +53,10 @@ MAY_DIFFER = (
 )
 
 
+class NewerRecordError(UserError):
+    """A record that a newer harness wrote: to be kept, not to be measured again."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One record as read: its data and the path of its file."""
@@ -83,7 +88,7 @@ class Record:
     def per_token(self) -> dict[str, np.ndarray]:
         """Per-token values, [n_windows, n_scored] each: nll and kld float64, nats; top int32, the likeliest token.
 
-        Read once and kept, so not to be written to. Raises UserError when the side file is missing or not the one that
+        Read once and kept, so read-only. Raises UserError when the side file is missing or not the one that
         was measured.
         """
         return self._per_token
@@ -91,9 +96,10 @@ class Record:
     @cached_property
     def _per_token(self) -> dict[str, np.ndarray]:
         path = self.path.with_suffix(".npz")
-        if not path.is_file() or sha256_file(path) != self.data.get("side_file_sha256"):
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != self.data.get("side_file_sha256"):
             raise UserError(f"{path} is missing or was changed: run the sweep again, it will measure this case anew")
-        arrays = read_npz(path) or {}
+        arrays = read_npz(content) or {}
         values: dict[str, np.ndarray] = {name: arrays[name] for name in ("nll", "kld", "top") if name in arrays}
         nll = values.get("nll", np.empty(0))
         numbers = all(one.dtype.kind in "fi" and one.shape == nll.shape for one in values.values())
@@ -103,6 +109,8 @@ class Record:
             sound = bool(all(np.isfinite(one).all() for one in values.values()) and nll.mean() <= _LARGEST_NLL)
         if not sound:
             raise UserError(f"{path} holds no per-token values: run the sweep again, it will measure this case anew")
+        for value in values.values():
+            value.setflags(write=False)
         return values
 
 
@@ -116,6 +124,11 @@ def record_path(folder: Path, quant: str, mode: str, key: str) -> Path:
     return folder / RECORDS / f"{quant}-{mode}-{key[:12]}.json"
 
 
+def record_paths(folder: Path) -> list[Path]:
+    """The record files of a sweep, whole or not."""
+    return sorted((folder / RECORDS).glob("*.json"))
+
+
 def write_record(path: Path, data: dict[str, Any], side: dict[str, np.ndarray]) -> None:
     """Write the per-token values first, then the record that vouches for them; both atomically."""
     if side:
@@ -126,7 +139,7 @@ def write_record(path: Path, data: dict[str, Any], side: dict[str, np.ndarray]) 
 
 
 def read_record(path: Path) -> Record:
-    """Raises UserError when the file is damaged or of another version."""
+    """Raises UserError when the file is damaged or of another version, NewerRecordError when of a newer one."""
     try:
         data = read_json(path)
         version = data["schema_version"]
@@ -140,7 +153,11 @@ def read_record(path: Path) -> Record:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no whole record ({error}): delete it and run the sweep again") from error
     if version != SCHEMA_VERSION:
-        raise UserError(f"{path} has record version {version}, this harness reads {SCHEMA_VERSION}: use that harness")
+        is_newer = isinstance(version, int) and version > SCHEMA_VERSION
+        raise (NewerRecordError if is_newer else UserError)(
+            f"{path} has record version {version}, this harness reads {SCHEMA_VERSION}: use the harness that wrote it, "
+            "or another folder with results.name=NAME"
+        )
     return Record(data, path)
 
 
@@ -165,7 +182,7 @@ def newest(records: Iterable[Record], wanted: Collection[str] = ()) -> list[Reco
 def all_records(folder: Path) -> tuple[list[Record], list[str]]:
     """The whole records of a sweep, and what is wrong with each file that is none (or has no per-token values)."""
     records, problems = [], []
-    for path in sorted((folder / RECORDS).glob("*.json")):
+    for path in record_paths(folder):
         try:
             record = read_record(path)
             if record.ok:
@@ -203,12 +220,17 @@ def find_record(folder: Path, name: str, sweep_name: str | None = None) -> Recor
 
 
 def is_done(path: Path, key: str) -> bool:
-    """Whether a whole, successful record of this very case is there, with its per-token values."""
+    """Whether a whole, successful record of this very case is there, with its per-token values.
+
+    Raises NewerRecordError on one of a newer harness, which must not be overwritten.
+    """
     if not path.is_file():
         return False
     try:
         record = read_record(path)
         return record.ok and record.data["key"] == key and bool(record.per_token())
+    except NewerRecordError:
+        raise
     except UserError:
         return False
 

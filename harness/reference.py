@@ -6,7 +6,7 @@ from typing import Any
 
 from harness import sources
 from harness.config import ModelConfig, model_label
-from harness.errors import UserError
+from harness.errors import UserError, some
 from harness.ggml_types import GGUF_ALIGNMENT
 from harness.header import GgufInfo, split_parts
 from harness.isolate import run_in_child
@@ -108,10 +108,10 @@ def source_sha256(path: Path, cache: Cache) -> str:
 
 
 def inspect(path: Path, content_id: str, engine_version: str, cache: Cache) -> GgufInfo:
-    """The header of a model, read in a child and cached by the content's id."""
+    """The header of a model and whether it can be scored, read in a child and cached by the content's id."""
 
     def make() -> dict[str, Any]:
-        return run_in_child(read_header_json, path, log_path=cache.path("logs", "inspect", ".log"))
+        return run_in_child(inspected, path, log_path=cache.path("logs", "inspect", ".log"))
 
     names = [field.name for field in fields(GgufInfo)]  # what an older release kept may lack some
     return GgufInfo.from_json(cache.json("headers", key_of(content_id, engine_version, names), make))
@@ -122,9 +122,13 @@ def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
     free = free_bytes(folder)
     if free < needed_bytes:
         raise UserError(
-            f"{folder} has {free / 1e9:.1f} GB free, {what} needs {needed_bytes / 1e9:.1f} GB: "
+            f"{folder} has {_size(free)} free, and {_size(needed_bytes)} are needed for {what}: "
             "make room or set runtime.cache_dir to a larger disk"
         )
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 
 def read_header_json(path: Path) -> dict[str, Any]:
@@ -135,6 +139,16 @@ def read_header_json(path: Path) -> dict[str, Any]:
     info = read_header(path)
     check = check_load(path, tuple(t.name for t in info.tensors))
     return replace(info, unknown_tensors=check.unknown, idle_tensors=check.idle, refusal=check.refusal).to_json()
+
+
+def inspected(path: Path) -> dict[str, Any]:
+    """Runs in a child: the header as JSON types, after a look at every weight."""
+    from harness.engine.gguf_file import broken_tensor
+
+    header = read_header_json(path)
+    if header["refusal"] is None and (name := broken_tensor(path)):
+        header["refusal"] = f"{some([name])} holds NaN or infinite weights"
+    return header
 
 
 def _unknown(info: GgufInfo) -> str:

@@ -20,8 +20,8 @@ from harness.formats import WIDTH, html_table, latex, markdown
 from harness.frames import attribution_frame, comparison_frame, in_order, measured_cases, percent_change, runs_frame
 from harness.page import page
 from harness.pass_frames import layers_frame, llama_bench, speed_frame
-from harness.passes import read_speed
-from harness.record import Record, all_records, first_difference, newest
+from harness.passes import SpeedPass, read_speed
+from harness.record import Record, all_records, first_difference, newest, record_paths
 from harness.stats import MIN_BLOCKS, SMALLEST_P, Interval
 from harness.store import write_atomic, write_text
 from harness.summary import key_improvements, tradeoffs
@@ -120,9 +120,17 @@ class Results:
         return {name: table for name, table in tables.items() if table.rows}
 
 
-def load_results(
-    folders: Sequence[Path], wanted: Collection[str] = (), allow_different: Collection[str] = ()
-) -> Results:
+@dataclass(frozen=True)
+class Sweeps:
+    """What was read of one or several sweeps. records: in the order of the tables; measured: those that succeeded."""
+
+    records: tuple[Record, ...]
+    measured: tuple[Record, ...]
+    passes: tuple[SpeedPass, ...]
+    findings: tuple[checks.Finding, ...]
+
+
+def read_sweeps(folders: Sequence[Path], wanted: Collection[str] = (), allow_different: Collection[str] = ()) -> Sweeps:
     """All records of one or several sweeps. Of two records with one name the one whose key is `wanted` counts, else
     the newer.
 
@@ -144,33 +152,45 @@ def load_results(
         where = " and ".join(map(str, folders))
         raise UserError(f"{where} holds records that differ in {name} ({one} and {other}): they make no one table")
     passes = sorted((one for folder in folders for one in read_speed(folder)), key=lambda one: one.created_utc)
-    timings = {key: timing for one in passes for key, timing in one.cases.items()}
-    runs = runs_frame(records, timings)
+    findings = (
+        *checks.mixed_findings([record.data for record in measured], allow_different),
+        *checks.unreadable_findings(problems),
+    )
+    return Sweeps(tuple(in_order(records)), tuple(measured), tuple(passes), findings)
+
+
+def results_of(sweeps: Sweeps) -> Results:
+    """The figures of what was read."""
+    measured = sweeps.measured
+    timings = {key: timing for one in sweeps.passes for key, timing in one.cases.items()}
+    runs = runs_frame(sweeps.records, timings)
     comparison = comparison_frame(runs, measured)
     speed = speed_frame(measured, timings)
     findings = collect_findings(runs, comparison, measured)
-    findings["all"] += [
-        finding.to_json()
-        for finding in (
-            *checks.mixed_findings([record.data for record in measured], allow_different),
-            *checks.speed_findings(passes, speed),
-            *checks.unreadable_findings(problems),
-        )
-    ]
+    findings["all"] += [one.to_json() for one in (*sweeps.findings, *checks.speed_findings(sweeps.passes, speed))]
     return Results(
-        tuple(measured),
+        measured,
         runs,
         comparison,
         attribution_frame(measured),
         speed,
         layers_frame(measured),
-        llama_bench(measured, passes),
+        llama_bench(measured, sweeps.passes),
         findings,
     )
 
 
+def load_results(
+    folders: Sequence[Path], wanted: Collection[str] = (), allow_different: Collection[str] = ()
+) -> Results:
+    """`read_sweeps`, and the figures of it. Raises UserError as that does."""
+    return results_of(read_sweeps(folders, wanted, allow_different))
+
+
 def write_report(folder: Path, wanted: Collection[str] = (), allow_different: Collection[str] = ()) -> Report:
     """Tables and plots of all records in a sweep's folder, written beside them. Raises UserError as `load_results`."""
+    from harness.pictures import pictures
+
     results = load_results([folder], wanted, allow_different)
     written = _Written(folder)
     text = _table_text(results)
@@ -184,21 +204,46 @@ def write_report(folder: Path, wanted: Collection[str] = (), allow_different: Co
         written.text("llama_bench.md", markdown(llama_bench_table(results.bench)) + "\n")
     if len(results.layers):
         written.text("layers.csv", results.layers.to_csv(index=False))
-    _draw(results, written, ("png",), QUICK)
+    for picture in pictures(results, QUICK):
+        written.file(f"{picture.name}.png", partial(picture.save, kind="png"))
     return Report(text, tuple(written.paths))
 
 
-def write_full_report(results: Results, folder: Path) -> Report:
+def write_full_report(folders: Sequence[Path], out: Path, allow_different: Collection[str] = ()) -> Report:
     """Every table in every format, the plots, and one page with all of it. For `python -m harness report`.
 
-    Without pyarrow there are no Parquet files, and the text says so.
+    Without pyarrow there are no Parquet files, and the text says so. Raises UserError as `read_sweeps`.
     """
-    written = _Written(folder)
+    from harness.pictures import painters, pictures_of_depth, pictures_of_files, save_all
+
+    n_records = sum(len(record_paths(folder)) for folder in folders)
+    formats = ("png", "svg")
+    with painters(n_records) as drawing:  # while they draw, figures and tables are made here
+        sweeps = read_sweeps(folders, allow_different=allow_different)
+        of_depth = pictures_of_depth(sweeps.measured)
+        saved = [save_all(of_depth, out, formats, drawing)]
+        results = results_of(sweeps)
+        of_files = pictures_of_files(results)
+        saved += [save_all(of_files, out, formats, drawing)]
+        written = _Written(out)
+        text = _write_tables(results, written)
+        for one in saved:
+            list(one)
+    drawn = [*of_files, *of_depth]
+    written.paths += [out / f"{picture.name}.{kind}" for picture in drawn for kind in formats]
+    captions = {out / f"{picture.name}.png": picture.caption for picture in drawn}
+    tables = [*results.tables.values(), *results.more_tables.values()]
+    summary = [*key_improvements(results.comparison), *tradeoffs(results.comparison, results.runs, results.speed)]
+    written.text("report.html", page(results.title, summary, tables, captions, _flat(results), _facts(results)))
+    return Report(text, tuple(written.paths))
+
+
+def _write_tables(results: Results, written: "_Written") -> str:
+    """Every table in every format; the text for the terminal."""
     text = _table_text(results)
-    tables = {**results.tables, **results.more_tables}
     written.text("table.md", _without_tags(text))
     written.text("findings.json", json.dumps(results.findings, indent=1) + "\n")
-    for name, table in tables.items():
+    for name, table in {**results.tables, **results.more_tables}.items():
         written.text(f"{name}.md", markdown(table) + "\n")
         written.text(f"{name}.html", html_table(table) + "\n")
         written.text(f"{name}.tex", latex(table) + "\n")
@@ -209,14 +254,7 @@ def write_full_report(results: Results, folder: Path) -> Report:
             written.text(f"{name}.csv", _runs_csv(frame) if name == "runs" else frame.to_csv(index=False))
         if len(frame) and has_parquet:
             written.file(f"{name}.parquet", partial(frame.to_parquet, index=False))
-    captions = _draw(results, written, ("png", "svg"))
-    pictures = dict(zip((path for path in written.paths if path.suffix == ".png"), captions, strict=True))
-    summary = [*key_improvements(results.comparison), *tradeoffs(results.comparison, results.runs, results.speed)]
-    facts = _facts(results)
-    written.text("report.html", page(results.title, summary, list(tables.values()), pictures, _flat(results), facts))
-    if not has_parquet:
-        text += "\nNo Parquet files: they need the package pyarrow.\n"
-    return Report(text, tuple(written.paths))
+    return text if has_parquet else text + "\nNo Parquet files: they need the package pyarrow.\n"
 
 
 class _Written:
@@ -237,19 +275,6 @@ class _Written:
 
 def _runs_csv(runs: pd.DataFrame) -> str:
     return runs.astype(dict.fromkeys(WHOLE_COLUMNS, "Int64")).to_csv(index=False)
-
-
-def _draw(
-    results: Results, written: _Written, formats: Sequence[str], only: Collection[str] | None = None
-) -> list[str]:
-    """Write the pictures; their captions, in the order of the PNG files."""
-    from harness.pictures import pictures
-
-    drawn = pictures(results, only)
-    for picture in drawn:
-        for kind in formats:
-            written.file(f"{picture.name}.{kind}", partial(picture.save, kind=kind))
-    return [picture.caption for picture in drawn]
 
 
 def _without_tags(text: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from harness import metrics, plan_checks
 from harness.artefacts import Coverage, ensure_imatrix, ensure_probabilities, ensure_variant, score_case
 from harness.cpu import chosen_features, cpu_features, engine_facts
-from harness.errors import EngineError
+from harness.errors import EngineError, some
 from harness.layers import measure_layers
 from harness.progress import ProgressDisplay
 from harness.record import SCHEMA_VERSION, environment, read_record, utc_now, write_record
@@ -20,7 +20,7 @@ from harness.sweep import Case, Sweep
 def run(sweep: Sweep, display: ProgressDisplay) -> list[str]:
     """Do all that is left to do. Returns one line for each case that failed.
 
-    Raises EngineError when something that all cases need cannot be made.
+    Raises EngineError when something that all cases need cannot be made, OSError when a disk is full or refuses.
     """
     if sweep.finished:
         return []
@@ -29,31 +29,55 @@ def run(sweep: Sweep, display: ProgressDisplay) -> list[str]:
     facts = engine_facts(sweep.cache)
     features = chosen_features(cpu_features(facts["system_info"]), sweep.config.runtime.cpu_features)
     engine = {**facts, "cpu_features": features}
-    covered = Coverage()
-    if any(case.plan.file_type for case in (*sweep.open_cases, *sweep.to_quantize)):
-        covered = ensure_imatrix(sweep, display)
-    if sweep.open_cases:
-        ensure_probabilities(sweep, display)
+    covered = _imatrix(sweep, display)
     failures = []
     for case in sweep.open_cases:
-        with sweep.cache.lock(sweep.variant_path(case)):
-            if case.done:  # another sweep measured it while this one waited
-                continue
-            begun = {**environment(engine), "begun_utc": utc_now()}
-            try:
-                result, per_token = _measure(sweep, case, display)
-            except EngineError as error:
-                result, per_token = {"status": "failed", "error": str(error), "log_tail": error.log_tail}, {}
-                failures.append(f"{case.name} failed: {error.with_log}; see {case.record_path}")
-            write_record(case.record_path, _record(sweep, case, begun, covered) | result, per_token)
-            if result["status"] == "ok":
-                shutil.rmtree(sweep.windows_folder(case), ignore_errors=True)
-            if not sweep.keeps_variants:
-                _remove_variant(sweep, case)
+        if case is not sweep.reference_case:
+            ensure_probabilities(sweep, display)  # nothing to do unless somebody deleted them, before or just now
+        failed = _work_on(sweep, case, covered, engine, display)
+        failures += failed
+        if failed and case is sweep.reference_case:
+            return failures  # there is nothing to compare the others with
+    if deleted := [case.name for case in sweep.cases if not case.record_path.is_file()]:
+        names = some(deleted)
+        failures.append(f"somebody deleted records from {sweep.folder} ({names}): the same command measures them again")
     failures += measure_layers(sweep, display)
     failures += measure_speed(sweep, {**environment(engine), "begun_utc": utc_now()}, display)
     if not sweep.config.runtime.keep_variants:
         for case in sweep.cases:
+            _remove_variant(sweep, case)
+    return failures
+
+
+def _imatrix(sweep: Sweep, display: ProgressDisplay) -> Coverage:
+    """What the imatrix has data for, where a case needs it; it is made on the way."""
+    if not any(case.plan.file_type for case in (*sweep.open_cases, *sweep.to_quantize)):
+        return Coverage()
+    try:
+        return ensure_imatrix(sweep, display)
+    except EngineError as error:
+        log = sweep.cache.path("logs", "imatrix", ".log")
+        raise EngineError(f"no imatrix can be made, see {log}: {error}", error.log_tail) from error
+
+
+def _work_on(
+    sweep: Sweep, case: Case, covered: Coverage, engine: dict[str, Any], display: ProgressDisplay
+) -> list[str]:
+    """Measure and record one case. Returns a line when it failed."""
+    with sweep.cache.lock(sweep.variant_path(case)):
+        if case.done:  # another sweep measured it while this one waited
+            return []
+        begun = {**environment(engine), "begun_utc": utc_now()}
+        failures = []
+        try:
+            result, per_token = _measure(sweep, case, display)
+        except EngineError as error:
+            result, per_token = {"status": "failed", "error": str(error), "log_tail": error.log_tail}, {}
+            failures = [f"{case.name} failed: {error.with_log}; see {case.record_path}, the same command tries again"]
+        write_record(case.record_path, _record(sweep, case, begun, covered) | result, per_token)
+        if result["status"] == "ok":
+            shutil.rmtree(sweep.windows_folder(case), ignore_errors=True)
+        if not sweep.keeps_variants:
             _remove_variant(sweep, case)
     return failures
 

@@ -111,8 +111,11 @@ def _downloaded(folder: Path, pattern: str, arguments: list[str]) -> Path | str:
     files = list(folder.glob(pattern))
     if result.returncode == 0 and len(files) == 1:
         return files[0]
-    lines = [line for line in result.stderr.splitlines() if "ERROR" in line] or result.stderr.splitlines()
-    return lines[-1].strip() if lines else f"pip ended with {result.returncode}"
+    lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+    for mark in ("ERROR: ", "× "):  # its two styles; the lines that follow the second are hints about pip
+        if reasons := [line.removeprefix(mark) for line in lines if line.startswith(mark)]:
+            return reasons[-1]
+    return lines[-1] if lines else f"pip ended with {result.returncode}"
 
 
 def in_index(package: str) -> bool:
@@ -144,6 +147,8 @@ def _member(wheel: Path, name: str) -> Iterator[bytes]:
 
 def _local(given: str, key: str, expected_sha256: str | None, cache: Cache) -> Path:
     path = Path(given).expanduser().absolute()  # links are kept: the name tells the format and the parts of a split
+    if path.is_dir():
+        raise UserError(f"{key}={given} is a folder: give a file")
     if not path.is_file():
         names = sorted(p.name for p in path.parent.glob(f"*{path.suffix}")) if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, names) or names[:3]

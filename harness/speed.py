@@ -40,7 +40,7 @@ def measure_speed(sweep: Sweep, environment: dict[str, Any], display: ProgressDi
             locks.enter_context(sweep.cache.lock(sweep.cache.folder / "speed"))
             _time(sweep, cases, environment, display)
     except EngineError as error:
-        return [f"the timing pass failed: {error.with_log}"]
+        return [f"the timing pass failed: {error.with_log}; the same command tries again"]
     return []
 
 

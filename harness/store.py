@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -9,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 
 from harness.errors import UserError
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_JSON_BYTES = 64 << 20  # records of large mixtures have about 0.2 MB
 
 
@@ -34,7 +37,10 @@ def sha256_file(path: Path) -> str:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it to `path`."""
+    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it to `path`.
+
+    Raises OSError, which names `path`, where the disk is full or refuses.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.{_machine()}-{os.getpid()}-"
     handle, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=path.parent)
@@ -48,6 +54,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; results are for reading
         temporary.replace(path)
+    except OSError as error:
+        if error.filename in (None, name) and error.errno is not None:  # a failed write names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -91,17 +101,27 @@ def read_json(path: Path) -> Any:
     written again: NaN, 1e999, half of a surrogate pair) and RecursionError."""
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"it has more than {MAX_JSON_BYTES >> 20} MiB")
-    data = json.loads(path.read_text(encoding="utf-8"))
-    json.dumps(data, allow_nan=False, ensure_ascii=False).encode()
+    text = path.read_text(encoding="utf-8")
+    data = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    if _SURROGATE.search(text):
+        json.dumps(data, ensure_ascii=False).encode()
     return data
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a file by name; None when it is missing, damaged, or holds anything but plain arrays as they are:
-    packed ones could unpack to a thousand times the file."""
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no number")
+    return value
+
+
+def read_npz(source: Path | bytes) -> dict[str, np.ndarray] | None:
+    """The arrays of a file, or of its content, by name; None when it is missing, damaged, or holds anything but plain
+    arrays as they are: packed ones could unpack to a thousand times the file."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            if sum(entry.file_size for entry in arrays.zip.infolist()) > path.stat().st_size:
+        content = source.read_bytes() if isinstance(source, Path) else source
+        with np.load(BytesIO(content), allow_pickle=False) as arrays:
+            if sum(entry.file_size for entry in arrays.zip.infolist()) > len(content):
                 return None
             return {name: arrays[name] for name in arrays.files}
     except Exception:  # numpy, zipfile and its decompressors raise a dozen kinds on bytes of others

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from harness.calibration import Calibration, calibration_file, require_coverage,
 from harness.config import Config, check, model_label, results_name
 from harness.cpu import chosen_features, cpu_features, engine_facts
 from harness.errors import EngineError, UserError
-from harness.ggml_types import UNQUANTIZED
+from harness.ggml_types import PINNED_VERSION, UNQUANTIZED
 from harness.imatrix import load_imatrix
 from harness.isolate import run_in_child
 from harness.like import with_copied_types
@@ -25,7 +25,7 @@ from harness.policy import Rule
 from harness.policy_file import load_policy
 from harness.prompts import Windows, load_windows
 from harness.provenance import with_provenance
-from harness.record import first_difference, is_done, mode_label, physical_cores, read_records, record_path
+from harness.record import RECORDS, first_difference, is_done, mode_label, physical_cores, read_records, record_path
 from harness.reference import Reference, require_disk, resolve_reference
 from harness.store import Cache, key_of
 
@@ -46,7 +46,9 @@ class Case:
     @property
     def name(self) -> str:
         """For the progress display."""
-        return "reference" if self.plan.file_type is None else f"{self.plan.quant} {self.plan.mode}"
+        if self.plan.file_type is None:
+            return "reference"
+        return f"{self.plan.quant} {mode_label(self.plan.mode, self.plan.policy)}"
 
 
 @dataclass(frozen=True)
@@ -254,12 +256,12 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
         check(one)
     config = configs[0]
     policies = [load_policy(one.policy) for one in configs]
-    engine_version = version("llama-cpp-python")
+    engine_version = _engine_version()
     n_threads = config.runtime.threads or physical_cores()
     cache = Cache(cache_dir(config))
     folder = Path(config.results.dir).expanduser() / results_name(config)
     if with_reference:
-        _require_writable(folder, config)
+        _require_writable(folder / RECORDS, config)
     if config.runtime.cpu_features is not None:
         chosen_features(cpu_features(engine_facts(cache)["system_info"]), config.runtime.cpu_features)
 
@@ -278,7 +280,10 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
         calibration = resolve_calibration(config, text, reference, prompts, engine_version, cache)
         plans = _plans(configs, policies, reference, calibration, engine_version, cache)
     except EngineError as error:
-        raise UserError(f"llama.cpp cannot use {model_label(config.model)}: {_last_words(error)}") from error
+        raise UserError(
+            f"llama.cpp cannot use {model_label(config.model)}: {_last_words(error)}: give another model, or see "
+            f"the logs in {cache.folder / 'logs'}"
+        ) from error
 
     first_scored = config.measure.first_scored or default_first_scored(n_ctx)
 
@@ -318,14 +323,26 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
     return sweep
 
 
+def _engine_version() -> str:
+    """Raises UserError unless the llama-cpp-python that is installed is the one that the harness knows."""
+    try:
+        found = version("llama-cpp-python")
+    except PackageNotFoundError:
+        found = "not installed"
+    if found != PINNED_VERSION:
+        raise UserError(
+            f"llama-cpp-python is {found}, the harness needs {PINNED_VERSION}: "
+            f"pip install llama-cpp-python=={PINNED_VERSION}"
+        )
+    return found
+
+
 def _require_distinct_names(cases: Iterable[Case]) -> None:
     seen: set[tuple[str, str, str | None]] = set()
     for case in cases:
         label = (case.plan.quant, case.plan.mode, case.plan.policy)
         if label in seen:
-            raise UserError(
-                f"two cases would be called {case.name} with policy {label[2]}: give each policy its own name"
-            )
+            raise UserError(f"two cases would be called {case.name}: give each policy its own name")
         seen.add(label)
 
 

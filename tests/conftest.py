@@ -1,9 +1,12 @@
 """Fixtures: a tiny model, texts, and overrides that run the whole way on them in seconds."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from faults import World
 from hypothesis import settings
 from tiny_model import random_text, write_tiny_llama
 
@@ -33,8 +36,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def tiny_overrides(tiny_gguf: Path, texts: tuple[Path, Path], tmp_path: Path) -> list[str]:
     """Overrides for the command line: the tiny model, 2 windows of 128 tokens, folders of the test's own."""
+    return _overrides(tiny_gguf, texts, tmp_path)
+
+
+def _overrides(model: Path, texts: tuple[Path, Path], folder: Path) -> list[str]:
     return [
-        f"model.path={tiny_gguf}",
+        f"model.path={model}",
         f"prompts.path={texts[0]}",
         "prompts.n_windows=2",
         "prompts.window_tokens=128",
@@ -43,10 +50,36 @@ def tiny_overrides(tiny_gguf: Path, texts: tuple[Path, Path], tmp_path: Path) ->
         "calibration.window_tokens=128",
         "runtime.threads=2",
         "measure.speed=false",
-        f"runtime.cache_dir={tmp_path / 'cache'}",
-        f"results.dir={tmp_path / 'results'}",
+        f"runtime.cache_dir={folder / 'cache'}",
+        f"results.dir={folder / 'results'}",
         "results.name=tiny",
     ]
+
+
+@pytest.fixture(scope="session")
+def finished_sweep(tiny_gguf: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with cache/ and results/tiny/ of a finished sweep; not to be written to."""
+    folder = tmp_path_factory.mktemp("finished")
+    overrides = ["mode=standard", *_overrides(tiny_gguf, texts, folder)]
+    assert main(["sweep", "quant=q8_0", *overrides]) == 0
+    assert main(["plan", "quant=q8_0,q4_0", *overrides]) == 0, "now in the cache, for all that sweep it further"
+    return folder
+
+
+@pytest.fixture
+def world(
+    finished_sweep: Path,
+    tiny_gguf: Path,
+    texts: tuple[Path, Path],
+    tiny_overrides: list[str],
+    tmp_path: Path,
+    cli: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[World]:
+    """The test's own copy of the finished sweep."""
+    shutil.copytree(finished_sweep, tmp_path, dirs_exist_ok=True)
+    with ExitStack() as stack:
+        yield World(tmp_path, tiny_overrides, tiny_gguf, texts, cli, monkeypatch, stack)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,13 +24,16 @@ def commit_of(revision: str) -> str:
 class Repo:
     """Files by revision and path. `token`: who may read; None for everybody. `cut`: answers to break off midway.
 
-    `page`: what is answered in place of every file, with status 200 and none of the hub's headers.
+    `page`: what is answered in place of every file, with status 200 and none of the hub's headers. `other`: what a file
+    holds when it is fetched, whatever was said of it before. `stall_s`: seconds before any answer.
     """
 
     revisions: dict[str, dict[str, bytes]]
     token: str | None = None
     cut: int = 0
     page: bytes | None = None
+    other: bytes | None = None
+    stall_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,19 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = False  # so that server_close() waits for all of them
     hub: FakeHub
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing of a client that went away."""
+
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 10  # seconds that a connection may be idle
     server: _Server
+
+    def end_headers(self) -> None:
+        """One answer a connection: nobody has to wait for one that stays open."""
+        self.send_header("Connection", "close")
+        super().end_headers()
 
     def do_GET(self) -> None:
         """Serve what HEAD describes."""
@@ -125,6 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
             # The hub does not tell who asks without a token whether a repository is there.
             return self._fail(401 if "Authorization" not in self.headers else 404, "RepoNotFound")
         repo, rest = hub.repos[name], path[len(name) + 1 :]
+        time.sleep(repo.stall_s)
         if repo.token and self.headers.get("Authorization") != f"Bearer {repo.token}":
             return self._fail(401, "GatedRepo")
         verb, _, rest = rest.partition("/")
@@ -154,6 +167,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = repo.revisions[revision].get(file)
         if content is None:
             return self._fail(404, "EntryNotFound", commit_of(revision))
+        if repo.other is not None and self.command == "GET":
+            content = repo.other
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
         rest = content[start:]
         self.send_response(206 if "Range" in self.headers else 200)

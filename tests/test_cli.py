@@ -167,7 +167,6 @@ def test_exit_codes_reach_the_shell(tmp_path: Path) -> None:
         (["sweep", "quant=iq1_m", "runtime=fast"], ["runtime=fast", "default"]),
         (["doctor", "model=smollm"], ["model=smollm", "smollm2_135m"]),
         # settings
-        (["sweep", "quant=iq1_m", "prompts.n_window=2"], ["'prompts.n_window'", "prompts.n_windows"]),
         (["sweep", "quant=iq1_m", "promts.n_windows=2"], ["'promts.n_windows'", "prompts.n_windows"]),
         (["sweep", "quant=iq1_m", "n_windows=2"], ["'n_windows'", "prompts.n_windows"]),
         (["sweep", "quant=iq1_m", "prompt=wiki_sample"], ["'prompt'", "prompts"]),
@@ -175,7 +174,6 @@ def test_exit_codes_reach_the_shell(tmp_path: Path) -> None:
         (["plan", "quant=iq1_m", "model.hub.repo=x"], ["'model.hub.repo'", "model.hub.repo_id"]),
         (["doctor", "runtime.cachedir=x"], ["'runtime.cachedir'", "runtime.cache_dir"]),
         # types of values
-        (["sweep", "quant=iq1_m", "prompts.n_windows=many"], ["prompts.n_windows=many", "Integer"]),
         (["sweep", "quant=iq1_m", "prompts.n_windows=null"], ["prompts.n_windows=null"]),
         (["sweep", "quant=iq1_m", "prompts.n_windows=2,x"], ["prompts.n_windows=x", "Integer"]),
         (["sweep", "quant=iq1_m", "runtime.keep_variants=maybe"], ["runtime.keep_variants=maybe", "bool"]),

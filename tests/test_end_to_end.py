@@ -108,39 +108,6 @@ def test_plan_predicts_the_written_file_exactly(cli: Cli, tiny_overrides: list[s
     assert sorted(told) == [[*name, imatrix.name] for name in names]
 
 
-def test_a_child_that_aborts_fails_its_case_and_the_sweep_goes_on(
-    cli: Cli, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import harness.artefacts
-
-    real_score = harness.artefacts.score
-    monkeypatch.setattr(harness.artefacts, "score", _abort_on_variants)
-    code, out, err = cli("sweep", "quant=q8_0", "mode=standard", *tiny_overrides)
-    assert code == 1
-    assert "q8_0 standard failed: the engine's process died of SIGABRT" in err
-    assert "FAILED: q8_0 standard" in out
-    records = {record.data["quant"]: record.data for record in read_records(tmp_path / "results" / "tiny")}
-    assert records["reference"]["status"] == "ok"
-    assert records["q8_0"]["status"] == "failed"
-    assert any("deliberate abort" in line for line in records["q8_0"]["log_tail"])
-    monkeypatch.setattr(harness.artefacts, "score", real_score)
-    assert cli("sweep", "quant=q8_0", "mode=standard", *tiny_overrides)[0] == 0, "a failed case is tried again"
-
-
-def _abort_on_variants(model: Path, *args: object, **kwargs: object) -> object:
-    """Stands in for `score` in the child: lets ggml abort when the model is a quantized variant."""
-    if "variants" in str(model):
-        import ctypes
-
-        from harness.engine.native import ggml
-
-        ggml.ggml_abort.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p]
-        ggml.ggml_abort(b"test.c", 1, b"deliberate abort")
-    from harness.measure import score
-
-    return score(model, *args, **kwargs)  # type: ignore[arg-type]
-
-
 def _heed_ctrl_c() -> None:
     """Shells start background jobs with SIGINT ignored, and so would be what the tests start from there."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -199,22 +166,3 @@ def test_the_notebook_runs_on_a_sweep(
     assert "IQ2_S" in text and "PPL change (%)" in text and "ln PPL ratio" in text
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 5
     assert not [output for output in outputs if output.output_type == "stream"], "no warnings"
-
-
-def test_no_room_for_the_plan_is_said_before_work(
-    cli: Cli, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("harness.reference.free_bytes", lambda folder: 1000)
-    code, _, err = cli("sweep", "quant=q8_0", *tiny_overrides)
-    assert code == 2
-    assert "GB free" in err and "runtime.cache_dir" in err and len(err.splitlines()) == 1
-    assert not (tmp_path / "results").exists()
-
-
-def test_results_that_cannot_be_written_are_said_before_work(
-    cli: Cli, tiny_overrides: list[str], tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("no folder")
-    code, _, err = cli("sweep", "quant=q8_0", *tiny_overrides, f"results.dir={tmp_path / 'file' / 'below'}")
-    assert code == 2
-    assert "results.dir" in err and "another folder" in err and len(err.splitlines()) == 1

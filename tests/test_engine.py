@@ -6,11 +6,11 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
-from tiny_model import random_text, write_tiny_llama
+from tiny_model import close, random_text, write_tiny_llama
 
 from harness.engine import model as engine
 from harness.engine.collect import collect_activations
-from harness.engine.gguf_file import read_header
+from harness.engine.gguf_file import broken_tensor, read_header
 from harness.engine.native import ggml
 from harness.engine.quantize import dry_run, quantize, standard_types
 from harness.errors import EngineError
@@ -152,6 +152,26 @@ def test_nan_weights_are_an_error_not_a_number(tmp_path: Path) -> None:
     windows = np.arange(3, 131, dtype=np.int32).reshape(2, 64)
     with pytest.raises(EngineError, match="not finite"):
         collect_activations(path, windows, flash_attention=True, n_threads=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "finite"),
+    [
+        *(("F16", 0x7BFF, True), ("F16", 0x0001, True), ("F16", 0x7C00, False), ("F16", 0xFE01, False)),
+        *(("BF16", 0x7F7F, True), ("BF16", 0xFF80, False), ("BF16", 0x7FC0, False)),
+        *(("F32", 0x7F7FFFFF, True), ("F32", 0xFF800000, False), ("F32", 0x7F800001, False)),
+    ],
+)
+def test_a_broken_tensor_is_found(tmp_path: Path, kind: str, word: int, finite: bool) -> None:
+    """The largest and smallest numbers, infinities and NaN of each type, as the last weight of the last tensor."""
+    width = np.uint32 if kind == "F32" else np.uint16
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for name in ("sound", "broken"):
+        words = np.zeros((2, 32), width)
+        words[-1, -1] = word if name == "broken" else 0
+        writer.add_tensor(name, words.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType[kind])
+    close(writer)
+    assert broken_tensor(tmp_path / "m.gguf") == (None if finite else "broken")
 
 
 def test_decoding_by_micro_batches_gives_the_logits_of_one_batch(tiny_gguf: Path) -> None:

@@ -28,7 +28,7 @@ from harness.plot_frames import (
 )
 from harness.plots import styles
 from harness.record import Record, read_record, read_records
-from harness.report import QUICK, Results, load_results, write_report
+from harness.report import QUICK, Results, load_results, write_full_report, write_report
 
 QUANTS = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_s", "q4_k_m", "q8_0")
 ALL = {"tradeoff", "kld", "delta", "speed", "types", "types_2", "layers", "kld_distribution", "position"}
@@ -171,6 +171,16 @@ def test_a_sweep_draws_the_quick_ones(tmp_path: Path) -> None:
     make_sweep(tmp_path, 1)
     made = {path.name for path in write_report(tmp_path).paths if path.suffix in (".png", ".svg")}
     assert made == {f"{name}.png" for name in QUICK}
+
+
+def test_other_processes_draw_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_sweep(tmp_path, 1)
+    alone = write_full_report([tmp_path], tmp_path / "alone")
+    monkeypatch.setattr("harness.pictures._MANY_RECORDS", 1)
+    together = write_full_report([tmp_path], tmp_path / "together")
+    assert [path.name for path in together.paths] == [path.name for path in alone.paths]
+    for one, other in zip(alone.paths, together.paths, strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name
 
 
 def test_the_same_records_give_the_same_svg(tmp_path: Path) -> None:

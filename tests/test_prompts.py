@@ -308,17 +308,6 @@ def test_a_changed_text_is_read_again(cut: Cut, tmp_path: Path) -> None:
 # -- what the command line refuses
 
 
-@pytest.mark.parametrize("content", ["", " \n\t \r\n "], ids=["empty", "whitespace"])
-@pytest.mark.parametrize("group", ["prompts", "calibration"])
-def test_text_without_words_is_refused(
-    cli: Cli, tiny_overrides: list[str], tmp_path: Path, content: str, group: str
-) -> None:
-    path = tmp_path / "blank.txt"
-    path.write_text(content)
-    result = cli("sweep", "quant=q8_0", "mode=standard", *tiny_overrides, f"{group}.path={path}")
-    refused(result, tmp_path, f"{group} (blank)", "empty")
-
-
 def test_too_short_for_the_windows_says_how_many_fit(
     cli: Cli, tiny_overrides: list[str], tiny_gguf: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -355,15 +344,6 @@ def test_rows_beside_the_default_group_are_read_as_rows(
     (windows,) = (tmp_path / "cache" / "windows").glob("*.npy")
     tokens, bos = tokenize(tiny_gguf, rows["txt"].read_text())[:2]
     np.testing.assert_array_equal(np.load(windows), cut_windows(tokens, 2, 128, bos))
-
-
-def test_missing_text_and_binary_text_are_refused(cli: Cli, tiny_overrides: list[str], tmp_path: Path) -> None:
-    nothing = tmp_path / "promts.txt"
-    (tmp_path / "prompts.txt").write_bytes(b"\x00\xff\xfe" * 100)
-    result = cli("sweep", "quant=q8_0", *tiny_overrides, f"prompts.path={nothing}")
-    refused(result, tmp_path, "no such file", "prompts.txt")
-    result = cli("sweep", "quant=q8_0", *tiny_overrides, f"prompts.path={tmp_path / 'prompts.txt'}")
-    refused(result, tmp_path, "prompts.path=", "cannot be read as text")
 
 
 def test_windows_beyond_the_context_of_the_model_are_refused(
@@ -433,16 +413,3 @@ def test_quantizing_without_imatrix(cli: Cli, tiny_overrides: list[str], tmp_pat
     assert records["q4_0"]["status"] == "ok"
     assert records["q4_0"]["calibration"] is None
     assert not (tmp_path / "cache" / "imatrix").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [("nothing.gguf", "no imatrix at"), ("text.gguf", "GGUF imatrix"), ("model", "no imatrix")],
-)
-def test_what_is_no_imatrix_is_refused(
-    cli: Cli, tiny_overrides: list[str], tiny_gguf: Path, tmp_path: Path, name: str, says: str
-) -> None:
-    (tmp_path / "text.gguf").write_text("the of and")
-    given_file = tiny_gguf if name == "model" else tmp_path / name
-    result = cli("sweep", "quant=q8_0", *tiny_overrides, f"calibration.imatrix={given_file}")
-    refused(result, tmp_path, says, given_file.name)

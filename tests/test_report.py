@@ -33,7 +33,7 @@ from harness.record import (
     record_path,
     write_record,
 )
-from harness.report import Report, Results, comparison_text, load_results, write_full_report, write_report
+from harness.report import Report, comparison_text, write_full_report, write_report
 from harness.stats import MIN_BLOCKS, holm, mean_interval
 from harness.store import key_of
 from harness.tables import percent, plus_minus, seconds, size
@@ -661,7 +661,7 @@ class Tags(HTMLParser):
         self.found.append((tag, frozenset(name for name, _ in attrs)))
 
 
-def hostile_results(folder: Path, text: str) -> Results:
+def put_hostile(folder: Path, text: str) -> Path:
     """Records in which every text that a report shows is `text`; that of a quant, mode or policy is a folder's too."""
     reference: dict[str, Any] = dict.fromkeys(("id", "name", "architecture", "file_type", "source_sha256"), text)
     prompts: dict[str, Any] = dict.fromkeys(("id", "name", "text_sha256"), text)
@@ -679,14 +679,14 @@ def hostile_results(folder: Path, text: str) -> Results:
     name = text.replace("/", "")
     put(folder, name, "standard", **changes)
     put(folder, name, "dynamicgate", name, nll=BASE * 1.01, **changes)
-    return load_results([folder])
+    return folder
 
 
 def test_no_text_of_a_record_becomes_markup(tmp_path: Path) -> None:
     """The same tags, with the same attributes, as for harmless names; in Markdown and SVG none."""
     found = {}
     for kind, text in (("evil", EVIL), ("harmless", "x")):
-        write_full_report(hostile_results(tmp_path / kind, text), tmp_path / kind / "report")
+        write_full_report([put_hostile(tmp_path / kind, text)], tmp_path / kind / "report")
         tags = Tags()
         tags.feed((tmp_path / kind / "report" / "report.html").read_text(encoding="utf-8"))
         found[kind] = tags.found
@@ -696,7 +696,7 @@ def test_no_text_of_a_record_becomes_markup(tmp_path: Path) -> None:
 
 
 def test_a_name_with_dollars_is_no_formula(tmp_path: Path, real_picture: None) -> None:
-    write_full_report(hostile_results(tmp_path, EVIL), tmp_path / "report")
+    write_full_report([put_hostile(tmp_path, EVIL)], tmp_path / "report")
     pictures = list((tmp_path / "report").glob("*.svg"))
     assert pictures and not any("<script" in path.read_text(encoding="utf-8") for path in pictures)
     assert "frac{$" in (tmp_path / "report" / "tradeoff.svg").read_text(encoding="utf-8").lower()

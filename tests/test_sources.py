@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import struct
 import zipfile
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterator
@@ -361,41 +360,6 @@ def test_model_that_may_not_be_read(
     assert "permissions" in refused(sweep_model(tiny_gguf), tmp_path)
 
 
-def gguf_start(*fields: tuple[str, int]) -> bytes:
-    """The first bytes of a GGUF file: the magic and these numbers."""
-    return b"GGUF" + b"".join(struct.pack(f"<{kind}", value) for kind, value in fields)
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"", "no GGUF file"),
-        (b"GG", "no GGUF file"),
-        (b"<!doctype html><title>Sign in</title>", "no GGUF file"),
-        (b"GGUF", "damaged or truncated"),
-        (gguf_start(("I", 1), ("Q", 1), ("Q", 1)), "damaged"),  # version 1
-        (gguf_start(("I", 3), ("Q", 10), ("Q", 1 << 40)), "damaged or truncated"),  # 2**40 keys
-        (gguf_start(("I", 3), ("Q", 1 << 62), ("Q", 0)), "damaged or truncated"),  # as many tensors
-        (gguf_start(("I", 3), ("Q", 1), ("Q", 1), ("Q", 1 << 60)), "damaged or truncated"),  # a key as long
-    ],
-    ids=["empty", "two-bytes", "html", "magic-only", "version-1", "many-keys", "many-tensors", "long-key"],
-)
-def test_what_is_no_model_is_refused(sweep_model: Cli, tmp_path: Path, content: bytes, says: str) -> None:
-    path = tmp_path / "model.gguf"
-    path.write_bytes(content)
-    line = refused(sweep_model(path), tmp_path)
-    assert says in line and "model.gguf" in line
-
-
-@pytest.mark.parametrize("keep", [1000, 0.3, -1, -100_000], ids=["header", "third", "one-byte", "tail"])
-def test_truncated_model_is_refused(sweep_model: Cli, tiny_gguf: Path, tmp_path: Path, keep: float) -> None:
-    whole = tiny_gguf.read_bytes()
-    path = tmp_path / "cut.gguf"
-    path.write_bytes(whole[: int(keep * len(whole)) if 0 < keep < 1 else int(keep)])
-    line = refused(sweep_model(path), tmp_path)
-    assert "cut.gguf" in line and ("is truncated: " in line or "damaged or truncated" in line)
-
-
 def test_sha256_of_the_model(
     sweep_model: Cli, cli: Cli, tiny_overrides: list[str], tiny_gguf: Path, tmp_path: Path
 ) -> None:
@@ -406,27 +370,6 @@ def test_sha256_of_the_model(
     for given in (right, right.upper()):
         code, _, err = cli("plan", *plan, f"model.sha256={given}")
         assert code == 0, err
-
-
-def test_gguf_files_that_are_no_model_are_refused(sweep_model: Cli, tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "vocabulary.gguf", "llama", {})
-    assert "no tensors" in refused(sweep_model(path), tmp_path)
-    table = {"token_embd.weight": np.zeros((32, 256), np.float16)}
-    path = write_gguf(tmp_path / "strange.gguf", "nonesuch", table)
-    line = refused(sweep_model(path), tmp_path)
-    assert "strange cannot be scored" in line
-    path = write_gguf(tmp_path / "bare.gguf", "llama", table)
-    assert "bare cannot be scored" in refused(sweep_model(path), tmp_path)
-
-
-def test_imatrix_as_model_is_refused(sweep_model: Cli, tmp_path: Path) -> None:
-    from harness.engine.collect import Activations
-    from harness.imatrix import write_imatrix
-
-    path = tmp_path / "imatrix.gguf"
-    some = Activations(np.ones((1, 256), np.float32), np.ones(1, np.float32))
-    write_imatrix(path, {"blk.0.ffn_up.weight": some}, dataset="x", n_windows=1, window_tokens=1)
-    assert "imatrix cannot be scored" in refused(sweep_model(path), tmp_path)
 
 
 @pytest.fixture

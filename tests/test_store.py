@@ -336,6 +336,25 @@ def test_a_holder_of_a_lock_may_enter_again(cache: Cache) -> None:
         assert cache.make("variants", "k", ".gguf", lambda target: None) == path
 
 
+def _hold(cache: Cache, path: Path, held: Any) -> None:
+    with cache.lock(path):
+        held.set()
+        time.sleep(600)
+
+
+def test_the_lock_of_a_process_that_died_is_taken_over(cache: Cache) -> None:
+    path, spawn = cache.path("variants", "k", ".gguf"), multiprocessing.get_context("spawn")
+    held = spawn.Event()
+    owner = spawn.Process(target=_hold, args=(cache, path, held))
+    owner.start()
+    assert held.wait(60)
+    owner.kill()
+    owner.join()
+    begin = time.monotonic()
+    with cache.lock(path):
+        assert time.monotonic() - begin < 5
+
+
 @pytest.mark.parametrize("key", ["../x", "a/b", "a\\b"])
 def test_a_key_names_no_folder(cache: Cache, key: str) -> None:
     with pytest.raises(ValueError, match="folder"):

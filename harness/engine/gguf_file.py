@@ -31,6 +31,7 @@ _SCALARS: dict[int, type] = {
 _STRING, _ARRAY = 8, 9
 _MAX_ARRAY = 4096  # per-layer arrays are short; vocabularies are long and not needed here
 _MAX_STRINGS = 16
+_EXPONENTS = {"f16": ("<u2", 0x7C00), "bf16": ("<u2", 0x7F80), "f32": ("<u4", 0x7F800000)}
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 
@@ -112,6 +113,38 @@ def read_float_tensors(path: Path) -> dict[str, np.ndarray]:
     finally:
         ggml.gguf_free(gguf)
         ggml.ggml_free(tensor_context)
+
+
+def broken_tensor(path: Path) -> str | None:
+    """The first tensor that holds NaN or infinities, of all parts; None when all float weights are numbers.
+
+    Raises UserError as `read_header`. The file is read once, a few MB at a time.
+    """
+    for part in split_parts(path):
+        gguf, tensor_context = _open(part)
+        try:
+            data_offset = ggml.gguf_get_data_offset(gguf)
+            starts = [data_offset + ggml.gguf_get_tensor_offset(gguf, i) for i in range(ggml.gguf_get_n_tensors(gguf))]
+            tensors = _tensors(gguf)
+        finally:
+            ggml.gguf_free(gguf)
+            ggml.ggml_free(tensor_context)
+        for start, tensor in zip(starts, tensors, strict=True):
+            if tensor.type in _EXPONENTS and not _is_finite(part, start, tensor):
+                return tensor.name
+    return None
+
+
+def _is_finite(path: Path, start: int, tensor: TensorInfo) -> bool:
+    """A float is no finite number where all bits of its exponent are set (IEEE 754; bfloat16 likewise)."""
+    word, exponent = _EXPONENTS[tensor.type]
+    step = 1 << 22
+    for first in range(0, tensor.n_weights, step):
+        count = min(step, tensor.n_weights - first)
+        words = np.fromfile(path, word, count, offset=start + first * np.dtype(word).itemsize)
+        if (words & exponent == exponent).any():
+            return False
+    return True
 
 
 def _unpadded_bytes(gguf: int) -> int:

@@ -7,14 +7,14 @@ library reports and refuses to go on when they differ.
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import llama_cpp
 
 from harness.errors import UserError
+from harness.ggml_types import PINNED_VERSION
 
-PINNED_VERSION = "0.3.36"
 GGML_MAX_NAME = 64
 GGML_OP_PARAMS_BYTES = 64
 GGML_OBJECT_BYTES = 32  # ggml_tensor_overhead() = this + sizeof(struct ggml_tensor)
@@ -138,8 +138,9 @@ def log_lines(on_line: Callable[[str], None]) -> Iterator[None]:
         pending += text.decode("utf-8", "replace")
         *lines, pending = pending.split("\n")
         for line in lines:
-            print(line, file=sys.stderr, flush=True)
             on_line(line)
+            with suppress(OSError):  # of a full disk; plans are read from these lines
+                print(line, file=sys.stderr, flush=True)
 
     callback = llama_cpp.llama_log_callback(receive)
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
