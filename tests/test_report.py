@@ -33,7 +33,7 @@ from harness.record import (
     record_path,
     write_record,
 )
-from harness.report import Report, comparison_text, write_full_report, write_report
+from harness.report import Report, comparison_text, load_results, write_full_report, write_report
 from harness.stats import MIN_BLOCKS, holm, mean_interval
 from harness.store import key_of
 from harness.tables import percent, plus_minus, seconds, size
