@@ -1,7 +1,7 @@
 """Makes what the cases of a sweep need: the imatrix, the variants, the reference's probabilities. Each made once."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from harness.isolate import run_in_child
 from harness.measure import Scores, score
 from harness.progress import ProgressDisplay
 from harness.prompts import Windows
-from harness.quantize import make_variant
+from harness.quantize import make_variant, tensor_sha256, weights_sha256
 from harness.sweep import Case, Sweep
+from harness.tensor_cache import HASHES, KIND
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,11 @@ def _collect(sweep: Sweep, calibration: Calibration, windows: Windows, display: 
         )
 
 
-def ensure_variant(sweep: Sweep, case: Case, display: ProgressDisplay) -> float | None:
-    """Quantize a case's file unless it is held. Returns the seconds it took when it was made; None for the reference.
+def ensure_variant(sweep: Sweep, case: Case, display: ProgressDisplay) -> dict[str, Any] | None:
+    """Quantize a case's file unless it is held. Returns what `make_variant` said when it was made; None for the
+    reference.
 
-    Raises EngineError when llama.cpp fails or writes something else than planned.
+    Raises EngineError when ggml fails or the file is not the planned one.
     """
     if case.plan.file_type is None:
         return None
@@ -72,6 +74,7 @@ def ensure_variant(sweep: Sweep, case: Case, display: ProgressDisplay) -> float 
     if not sweep.cache.holds(path):
         estimate = sweep.steps(case).get("quantizing", 0.0)
         with display.step(f"{case.name}: quantizing", estimate) as on_progress:
+            keys = _tensor_keys(sweep, case)
             sweep.cache.make(
                 "variants",
                 path.stem,
@@ -83,12 +86,41 @@ def ensure_variant(sweep: Sweep, case: Case, display: ProgressDisplay) -> float 
                     case.plan,
                     sweep.imatrix_path,
                     n_threads=sweep.n_threads,
+                    kept=sweep.tensor_cache if keys else None,
+                    keys=keys,
                     log_path=sweep.log_path(case),
                     on_progress=on_progress,
                 ),
             )
-    quantize_s: float = sweep.cache.facts(path)["quantize_s"]
-    return quantize_s
+        damaged = sweep.cache.facts(path).get("n_tensors_damaged")
+        if damaged:
+            display.say(f"warning: {damaged} tensors in {sweep.cache.folder / KIND} were damaged and quantized again")
+    facts: dict[str, Any] = sweep.cache.facts(path)
+    return facts
+
+
+def _tensor_keys(sweep: Sweep, case: Case) -> dict[str, str]:
+    """By name, what the tensors of a case are kept under; none when tensors are not kept."""
+    if not sweep.tensor_cache.limit_bytes:
+        return {}
+    if sweep.hashes is None:
+        log_path = sweep.cache.path("logs", "hashes", ".log")
+        _ensure_hashes(
+            sweep,
+            sweep.reference.id,
+            lambda: run_in_child(tensor_sha256, sweep.reference.path, n_threads=sweep.n_threads, log_path=log_path),
+        )
+        if path := sweep.imatrix_path:
+            _ensure_hashes(
+                sweep, sweep.cache.sha256(path), lambda: run_in_child(weights_sha256, path, log_path=log_path)
+            )
+    hashes = sweep.hashes
+    return hashes.keys(case.plan.tensors) if hashes else {}
+
+
+def _ensure_hashes(sweep: Sweep, of: str, make: Callable[[], dict[str, str]]) -> None:
+    with sweep.cache.lock(sweep.cache.path(HASHES, of, ".json")):
+        sweep.cache.json(HASHES, of, make)
 
 
 def ensure_probabilities(sweep: Sweep, display: ProgressDisplay) -> None:

@@ -25,6 +25,7 @@ verbs
   card     the marked blocks and the metadata of a model card from finished sweeps: card CARD.md results=DIR
   audit    a published table in a model card or CSV: what is wrong, missing, or lost at equal size
   convert  safetensors to GGUF, with the converter of the same llama.cpp: convert FOLDER out=FILE.gguf
+  cache    what the cache holds and how much of it: cache; prune=5GB or prune=all removes quantized tensors
   doctor   show versions, CPU features, memory, disk, cache, and whether the default inputs can be had
 
 overrides that matter (any value may be a list a,b,c; `python -m harness sweep --help` shows all groups)
@@ -89,6 +90,21 @@ harness measures with. FP8 checkpoints are multiplied by their scales. Needs the
 exit codes: 0 written, 1 llama.cpp's converter refuses the model, 2 bad input
 """
 
+CACHE_HELP = """usage: python -m harness cache [prune=SIZE|all] [runtime.cache_dir=DIR]
+
+Shows the cache by kind, its largest files, and the quantized tensors that were not used for longest. Whatever lies in
+it can be made again; while no sweep runs, its folders may be deleted.
+
+  prune=SIZE             remove quantized tensors, the least recently used first, until SIZE is left (5GB, 300MB, 0);
+                         waits for a sweep that is quantizing
+  prune=all              remove all of them
+  runtime.cache_dir=DIR  default: the user's cache folder
+
+How many tensors sweeps keep: runtime.tensor_cache_gb=20 (0 keeps none).
+
+exit codes: 0 done, 2 bad input
+"""
+
 GROUPS = ("model", "prompts", "calibration", "quant", "mode", "policy", "measure", "runtime")
 PATH_SETTINGS = ("path", "file", "dir", "cache_dir", "imatrix", "filename")
 CASE_GROUPS = ("quant", "mode", "policy")  # what makes a case; everything else is shared by a sweep
@@ -117,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "card": _card,
         "audit": _audit,
         "convert": _convert,
+        "cache": _cache,
         "doctor": _doctor,
     }
     signal.signal(signal.SIGTERM, _stop)
@@ -262,7 +279,7 @@ def _configs_of_sweep(overrides: list[str]) -> list["Config"]:
 
 
 def _plan(arguments: list[str]) -> int:
-    from harness.plan_view import estimate_s, plan_json, plan_text
+    from harness.plan_view import disk_lines, estimate_s, plan_json, plan_text
     from harness.recipes import recipe_text
 
     forms = ("--json", "--recipe", "--tensor-type-file")
@@ -294,6 +311,8 @@ def _plan(arguments: list[str]) -> int:
         print(json.dumps([plan_json(plan, estimate_s(sweep, plan)) for sweep, plan in shown], indent=1))
     else:
         print("\n\n".join(plan_text(plan, estimate_s(sweep, plan)) for sweep, plan in shown))
+        sweeps = {id(sweep): sweep for sweep, _ in shown}.values()
+        print("".join(f"\n{line}\n" for sweep in sweeps for line in disk_lines(sweep)), end="")
     return 0
 
 
@@ -462,6 +481,32 @@ def _convert(arguments: list[str]) -> int:
     return 0
 
 
+def _cache(arguments: list[str]) -> int:
+    """Plain settings of its own, as `report`."""
+    from harness.cache_view import cache_text, parse_size
+    from harness.config import Config
+    from harness.errors import UserError
+    from harness.store import Cache
+    from harness.sweep import cache_dir
+    from harness.tensor_cache import prune
+
+    given: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in ("prune", "runtime.cache_dir") or not value or key in given:
+            raise UserError(f"cache takes prune=SIZE (or all) and runtime.cache_dir=DIR, once each, not {argument!r}")
+        given[key] = value
+    config = Config()
+    config.runtime.cache_dir = given.get("runtime.cache_dir")
+    cache = Cache(cache_dir(config))
+    if "prune" in given:
+        n_removed, n_bytes = prune(cache, parse_size(given["prune"]))
+        print(f"removed {n_removed} quantized tensors, {n_bytes / 1e6:,.1f} MB")
+    else:
+        print(cache_text(cache))
+    return 0
+
+
 def _doctor(overrides: list[str]) -> int:
     from harness.doctor import doctor_text
 
@@ -585,7 +630,7 @@ def _setting_names() -> list[str]:
 
 
 def _verb_help(verb: str) -> str:
-    own = {"audit": AUDIT_HELP, "card": CARD_HELP, "convert": CONVERT_HELP}
+    own = {"audit": AUDIT_HELP, "cache": CACHE_HELP, "card": CARD_HELP, "convert": CONVERT_HELP}
     if verb in own:
         return own[verb]
     head = HELP.split("\n\nverbs", maxsplit=1)[0]

@@ -131,6 +131,7 @@ class RuntimeConfig:
     cpu_features: list[str] | None = None  # those that reports and cards name, in this order; null: all
     cache_dir: str | None = None  # null: the user's cache folder
     keep_variants: bool = False  # keep the quantized files after they were measured
+    tensor_cache_gb: float = 20.0  # quantized tensors that are kept for other files and sweeps, 1e9 bytes; 0: none
 
 
 @dataclass
@@ -238,6 +239,10 @@ def _check_numbers(config: Config) -> None:
     if config.measure.layer_windows > config.prompts.n_windows:
         raise UserError(
             f"measure.layer_windows={config.measure.layer_windows}: there are {config.prompts.n_windows} windows"
+        )
+    if not 0 <= config.runtime.tensor_cache_gb < 1e6:
+        raise UserError(
+            f"runtime.tensor_cache_gb={config.runtime.tensor_cache_gb}: give gigabytes from 0 (keeps no tensors) on"
         )
     if not 0 <= calibration.max_overlap <= 1:
         raise UserError(f"calibration.max_overlap={calibration.max_overlap}: give a share from 0 to 1")

@@ -27,6 +27,7 @@ _QUANTIZE_RATE = {
     "f32": 440.0,
 }
 _OTHER_RATE = 20.0
+_FAST_RATE = 200.0  # from here on a tensor is quantized about as fast as it is read back
 _SCORE_S_PER_TOKEN = 0.9e-3  # fixed part: attention, vocabulary, scheduling
 _SCORE_S_PER_TOKEN_AND_WEIGHT = 5.8e-12
 _IMATRIX_OVERHEAD = 1.1
@@ -36,8 +37,17 @@ _CHILD_S = 1.0  # start a process, import llama.cpp, load the model
 
 def quantize_s(tensors: Iterable[TensorPlan], n_threads: int) -> float:
     """Seconds to quantize a plan's tensors."""
-    seconds = sum(t.n_weights / (1e6 * _QUANTIZE_RATE.get(t.type, _OTHER_RATE)) for t in tensors if t.quantizable)
-    return _CHILD_S + seconds * 2 / n_threads
+    return _CHILD_S + sum(tensor_s(t.type, t.n_weights, n_threads) for t in tensors if t.quantizable)
+
+
+def tensor_s(type_name: str, n_weights: int, n_threads: int) -> float:
+    """Seconds to quantize one tensor."""
+    return n_weights / (1e6 * _QUANTIZE_RATE.get(type_name, _OTHER_RATE)) * 2 / n_threads
+
+
+def quantizes_fast(type_name: str) -> bool:
+    """Whether a type is made about as fast as it is read from a disk."""
+    return _QUANTIZE_RATE.get(type_name, _OTHER_RATE) >= _FAST_RATE
 
 
 def score_s(n_weights: int, n_tokens: int, n_threads: int) -> float:
@@ -60,3 +70,8 @@ def minutes(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def file_size(n_bytes: int) -> str:
+    """'1.2 GB', '3.4 MB'."""
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

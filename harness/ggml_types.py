@@ -23,6 +23,7 @@ class GgmlType(NamedTuple):
 
 PINNED_VERSION = "0.3.36"  # of llama-cpp-python; pyproject.toml pins it
 GGUF_ALIGNMENT = 32  # the default of the format, and what llama_model_quantize pads to
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION, which quantized files carry
 IMATRIX_MIN_ROWS = 16  # llama-imatrix skips multiplications with fewer rows: they are not weights times tokens
 
 GGML_TYPES: dict[str, GgmlType] = {

@@ -99,7 +99,21 @@ def sweep_summary(sweep: Sweep) -> str:
         parts += [f"{len(sweep.layer_cases)} to compare layer by layer"] if sweep.layer_cases else []
         parts += [f"{len(sweep.speed_cases)} to time"] if sweep.speed_cases else []
         lines.append(f"{', '.join(parts)}, about {cost.minutes(sweep.estimate_s)}")
+        lines += disk_lines(sweep)
     return "\n".join(lines)
+
+
+def disk_lines(sweep: Sweep) -> list[str]:
+    """The most that a sweep will take of the cache's disk at one time; nothing where it takes nothing."""
+    parts = {
+        "quantized files": sweep.file_bytes_at_once,
+        "the reference's probabilities": sweep.missing_probability_bytes,
+        "tensors for later use": sweep.new_tensor_bytes,
+    }
+    if not any(parts.values()):
+        return []
+    said = ", ".join(f"{what} {cost.file_size(n_bytes)}" for what, n_bytes in parts.items() if n_bytes)
+    return [f"disk: at most {cost.file_size(sum(parts.values()))} more at one time ({said})"]
 
 
 def _groups(plan: Plan) -> list[list[TensorPlan]]:

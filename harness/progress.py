@@ -56,6 +56,10 @@ class ProgressDisplay:
         yield on_progress
         self._done_s += estimate_s
 
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self._console.print(text, highlight=False, markup=False)
+
     def _left(self, done_of_step_s: float) -> str:
         done = self._done_s + done_of_step_s
         elapsed = time.monotonic() - self._begin

@@ -1,15 +1,29 @@
 """Plan -> GGUF file, read back and compared with the plan. Runs in a child process."""
 
-import os
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from harness.cost import tensor_s
 from harness.errors import EngineError, UserError
+from harness.ggml_types import GGUF_ALIGNMENT, requires_imatrix
 from harness.imatrix import read_imatrix
-from harness.plan import Plan
+from harness.plan import Plan, TensorPlan
 from harness.provenance import IMATRIX_ENTRIES
+from harness.store import sha256_file
+from harness.tensor_cache import TensorCache
+
+if TYPE_CHECKING:
+    from harness.engine.variant_file import Layout
+
+_HELD_COST = 0.02  # of a tensor that is only read back, against making it
 
 
 def make_variant(
@@ -19,38 +33,20 @@ def make_variant(
     imatrix: Path | None,
     *,
     n_threads: int,
+    kept: TensorCache | None = None,
+    keys: Mapping[str, str] = MappingProxyType({}),
     on_progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
-    """Quantize the reference as planned. Returns {"quantize_s": seconds}.
+    """Write the file that the plan describes: byte for byte what llama_model_quantize makes of the same types.
 
-    Raises EngineError when llama.cpp fails or the file that it wrote is not the planned one, OSError when there is no
+    keys: by tensor, what it is kept under in `kept`. Returns {"quantize_s": seconds, and numbers of tensors:
+    "n_tensors_quantized", "n_tensors_reused", "n_tensors_damaged": those whose entry was damaged}.
+
+    Raises EngineError when ggml refuses the data or the written file is not the planned one, OSError when there is no
     room for it.
     """
-    try:
-        return _made_variant(source, target, plan, imatrix, n_threads=n_threads, on_progress=on_progress)
-    except EngineError:
-        _require_room(target, plan.file_bytes)  # llama.cpp does not tell a full disk from other failures
-        raise
-
-
-def _require_room(target: Path, n_bytes: int) -> None:
-    """Raises OSError when the disk has no room for a file of that size."""
-    if hasattr(os, "posix_fallocate"):
-        with target.open("ab") as file:
-            os.posix_fallocate(file.fileno(), 0, n_bytes)
-
-
-def _made_variant(
-    source: Path,
-    target: Path,
-    plan: Plan,
-    imatrix: Path | None,
-    *,
-    n_threads: int,
-    on_progress: Callable[[float], None] | None,
-) -> dict[str, Any]:
     from harness.engine.gguf_file import read_header
-    from harness.engine.quantize import quantize
+    from harness.engine.variant_file import plan_layout
 
     assert plan.file_type is not None
     try:
@@ -58,21 +54,14 @@ def _made_variant(
     except UserError as error:  # it was checked before: somebody deleted or changed it since
         raise EngineError(f"the imatrix {imatrix} is gone or was changed") from error
     metadata = {key: len(weights) if key == IMATRIX_ENTRIES else value for key, value in plan.metadata}
-    begin = time.perf_counter()
-    quantize(
-        source,
-        target,
-        plan.file_type,
-        overrides=plan.overrides,
-        imatrix=weights,
-        metadata=metadata,
-        n_threads=n_threads,
-        on_progress=on_progress,
-    )
-    quantize_s = time.perf_counter() - begin
+    layout = plan_layout(source, {t.name: t.type for t in plan.tensors}, plan.file_type, metadata)
+    with kept.lock() if kept else nullcontext():  # waiting for another sweep takes no seconds of quantizing
+        begin = time.perf_counter()
+        counts = _write(target, plan, layout, weights, kept, keys, n_threads, on_progress)
+        quantize_s = time.perf_counter() - begin
     try:
         written = read_header(target)
-    except UserError as error:  # of a file that llama.cpp wrote, the user cannot mend it
+    except UserError as error:  # of a file that we wrote, the user cannot mend it
         raise EngineError(f"the written file cannot be read back: {error}") from error
     types = {t.name: t.type for t in written.tensors}
     for tensor in plan.tensors:
@@ -83,7 +72,94 @@ def _made_variant(
             f"the written file has {len(types)} tensors and {written.file_bytes} bytes, "
             f"planned were {len(plan.tensors)} and {plan.file_bytes}"
         )
-    return {"quantize_s": quantize_s}
+    return {"quantize_s": quantize_s, **counts}
+
+
+def _write(
+    target: Path,
+    plan: Plan,
+    layout: "Layout",
+    weights: Mapping[str, np.ndarray],
+    kept: TensorCache | None,
+    keys: Mapping[str, str],
+    n_threads: int,
+    on_progress: Callable[[float], None] | None,
+) -> dict[str, int]:
+    """Header and data of the file. Returns the numbers of `make_variant`."""
+    from harness.engine.chunks import copied, quantized
+
+    plans = {t.name: t for t in plan.tensors}
+    n_quantized = n_reused = n_damaged = 0
+    held: set[str] = set()
+    fitting: set[str] = set()
+    if kept:
+        held, fitting = kept.claim({key: plans[name].n_bytes for name, key in keys.items()})
+    advance = _progress(plan, {name for name, key in keys.items() if key in held}, on_progress)
+    with ThreadPoolExecutor(n_threads) as threads, target.open("wb") as file:
+        file.write(layout.head)
+        for tensor, offset in layout.tensors:
+            planned, key = plans[tensor.name], keys.get(tensor.name, "")
+            file.write(bytes(offset - file.tell()))  # padding
+            if kept and key in held:
+                if kept.read(key, planned.n_bytes, file):
+                    n_reused += 1
+                    advance(planned, planned.n_bytes)
+                    continue
+                n_damaged += 1
+                file.seek(offset)
+            if tensor.type == planned.type:
+                blocks = copied(tensor)
+            else:
+                columns = _columns(planned, weights, plan)
+                blocks = quantized(tensor, planned.type, columns, threads)
+                n_quantized += 1
+
+            def emit(block: np.ndarray, planned: TensorPlan = planned) -> None:
+                try:
+                    file.write(block.data)
+                except OSError as error:  # not of the entry that is written beside it
+                    raise OSError(error.errno, error.strerror, str(target)) from error
+                advance(planned, block.size)
+
+            if kept and key in held | fitting:
+                kept.keep(key, blocks, emit)
+                held.add(key)  # for another tensor of the same content
+            else:
+                for block in blocks:
+                    emit(block)
+        file.write(bytes(-file.tell() % GGUF_ALIGNMENT))
+    return {"n_tensors_quantized": n_quantized, "n_tensors_reused": n_reused, "n_tensors_damaged": n_damaged}
+
+
+def _columns(tensor: TensorPlan, weights: Mapping[str, np.ndarray], plan: Plan) -> np.ndarray | None:
+    """The tensor's imatrix. Raises EngineError where it has none and llama.cpp refuses to do without."""
+    found = weights.get(tensor.name)
+    if found is None and requires_imatrix(tensor.name, tensor.type, plan.file_type or ""):
+        raise EngineError(
+            f"Missing importance matrix for tensor {tensor.name} in a very low-bit quantization "
+            f"({tensor.type} requires an imatrix)"
+        )
+    return found
+
+
+def _progress(
+    plan: Plan, held: Collection[str], on_progress: Callable[[float], None] | None
+) -> Callable[[TensorPlan, int], None]:
+    """A function that is told of bytes written of a tensor, and tells the share of all work: bytes weighted by what
+    their type costs, those that are `held` (names) by next to nothing."""
+    cost = {
+        t.name: tensor_s(t.type if t.quantizable else "f32", t.n_weights, 2) * (_HELD_COST if t.name in held else 1)
+        for t in plan.tensors
+    }
+    total_s, done_s = sum(cost.values()), 0.0
+
+    def advance(tensor: TensorPlan, n_bytes: int) -> None:
+        nonlocal done_s
+        done_s += cost[tensor.name] * n_bytes / max(1, tensor.n_bytes)
+        if on_progress:
+            on_progress(min(1.0, done_s / total_s))
+
+    return advance
 
 
 def derive_f16(source: Path, target: Path, *, n_threads: int) -> None:
@@ -91,3 +167,19 @@ def derive_f16(source: Path, target: Path, *, n_threads: int) -> None:
     from harness.engine.quantize import quantize
 
     quantize(source, target, "f16", overrides={}, imatrix={}, n_threads=n_threads, allow_requantize=True)
+
+
+def tensor_sha256(source: Path, *, n_threads: int) -> dict[str, str]:
+    """sha256 of the data of every tensor of a GGUF, by name."""
+    from harness.engine.variant_file import source_tensors
+
+    tensors = source_tensors(source)
+    with ThreadPoolExecutor(n_threads) as threads:
+        found = threads.map(lambda tensor: sha256_file(tensor.path, tensor.offset, tensor.n_bytes), tensors)
+        return {tensor.name: digest for tensor, digest in zip(tensors, found, strict=True)}
+
+
+def weights_sha256(imatrix: Path) -> dict[str, str]:
+    """sha256 of the float32 weights that an imatrix has for a tensor, by name. Raises UserError as `read_imatrix`."""
+    weights = read_imatrix(imatrix).weights
+    return {name: hashlib.sha256(values.astype("<f4").tobytes()).hexdigest() for name, values in weights.items()}

@@ -88,19 +88,22 @@ def _measure(sweep: Sweep, case: Case, display: ProgressDisplay) -> tuple[dict[s
         if not twin.done:
             raise EngineError(f"its file is that of {twin.name}, which failed")
         record = read_record(twin.record_path)
-        result = {name: record.data[name] for name in ("status", "timings", "peak_rss_bytes")}
+        names = ("status", "timings", "quantizing", "peak_rss_bytes")
+        result = {name: record.data.get(name) for name in names}
         return {**result, "same_as": twin.name}, record.per_token()
-    quantize_s = ensure_variant(sweep, case, display)
+    made = ensure_variant(sweep, case, display) or {}
     with display.step(f"{case.name}: scoring", sweep.score_s(case)) as on_progress:
         scores = score_case(sweep, case, sweep.windows_folder(case), on_progress)
     timings = {
-        "quantize_s": quantize_s,
+        "quantize_s": made.get("quantize_s"),
         "load_s": scores.load_s,
         "pass_s": float(scores.pass_s.sum()),
         "window_pass_s": scores.pass_s.tolist(),
         "window_decode_s": scores.decode_s.tolist(),
     }
-    return {"status": "ok", "timings": timings, "peak_rss_bytes": scores.peak_rss_bytes}, scores.per_token
+    quantizing = {name: n for name, n in made.items() if name != "quantize_s"} or None
+    result = {"status": "ok", "timings": timings, "quantizing": quantizing, "peak_rss_bytes": scores.peak_rss_bytes}
+    return result, scores.per_token
 
 
 def _remove_variant(sweep: Sweep, case: Case) -> None:

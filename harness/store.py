@@ -27,17 +27,19 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    digest = hashlib.sha256()
+def sha256_file(path: Path, offset: int = 0, n_bytes: int | None = None) -> str:
+    """sha256 of a file's bytes, or of `n_bytes` of them from `offset`."""
+    digest, left = hashlib.sha256(), n_bytes
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
+        file.seek(offset)
+        while block := file.read(1 << 22 if left is None else min(1 << 22, left)):
             digest.update(block)
+            left = None if left is None else left - len(block)
     return digest.hexdigest()
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it to `path`.
+def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk (`durable`), and rename it to `path`.
 
     Raises OSError, which names `path`, where the disk is full or refuses.
     """
@@ -48,8 +50,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; results are for reading
@@ -200,13 +203,22 @@ class Cache:
 
     def json(self, kind: str, key: str, make: Callable[[], Any]) -> Any:
         """A cached JSON value. A damaged file is made again."""
-        path = self.path(kind, key, ".json")
-        stored = _read_json(path)
-        if isinstance(stored, dict) and stored.get("id") == key_of(stored.get("value")):
-            return stored["value"]
+        stored = self._stored_json(kind, key)
+        if stored is not None:
+            return stored[0]
         value = json.loads(json.dumps(make()))
-        write_json(path, {"id": key_of(value), "value": value})
+        write_json(self.path(kind, key, ".json"), {"id": key_of(value), "value": value})
         return value
+
+    def known_json(self, kind: str, key: str) -> Any:
+        """A cached JSON value if it is there, else None: nothing is made."""
+        stored = self._stored_json(kind, key)
+        return stored[0] if stored else None
+
+    def _stored_json(self, kind: str, key: str) -> tuple[Any] | None:
+        stored = _read_json(self.path(kind, key, ".json"))
+        whole = isinstance(stored, dict) and stored.get("id") == key_of(stored.get("value"))
+        return (stored.get("value"),) if whole else None
 
     def sha256(self, path: Path) -> str:
         """sha256 of a file anywhere, remembered by path, size, times of change and inode."""

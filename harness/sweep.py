@@ -27,7 +27,9 @@ from harness.prompts import Windows, load_windows
 from harness.provenance import with_provenance
 from harness.record import RECORDS, first_difference, is_done, mode_label, physical_cores, read_records, record_path
 from harness.reference import Reference, require_disk, resolve_reference
-from harness.store import Cache, key_of
+from harness.store import Cache, free_bytes, key_of
+from harness.tensor_cache import HASHES, Hashes, TensorCache, entries
+from harness.work import Piece, kept_tensors, quantizing_s
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,21 @@ class Sweep:
 
     @cached_property
     def open_cases(self) -> tuple[Case, ...]:
-        """Cases without a record, the reference first."""
-        return tuple(case for case in self.cases if not case.done)
+        """Cases without a record, the reference first, then in the order of work; twins behind each other."""
+        place = {key: i for i, key in enumerate(self.quantizing_s)}
+        waiting = [case for case in self.cases if not case.done]
+        return tuple(sorted(waiting, key=lambda case: (case.plan.file_type is not None, place.get(case.key, -1))))
+
+    @cached_property
+    def quantizing_s(self) -> dict[str, float]:
+        """Estimated seconds to make the file of each case that needs one, by its key, in the order of work."""
+        plans: dict[str, Plan | None] = {}
+        for case in (*(c for c in self.cases if not c.done), *self.speed_cases, *self.layer_cases):
+            if case.plan.file_type and case.key not in plans:
+                plans[case.key] = None if self.cache.holds(self.variant_path(case)) else case.plan
+        keeps = self.config.runtime.tensor_cache_gb > 0
+        held = self._held_tensors([plan for plan in plans.values() if plan]) if keeps else set()
+        return quantizing_s(plans, self.source_types, held, self.n_threads, keeps_tensors=keeps)
 
     @property
     def reference_case(self) -> Case:
@@ -180,13 +195,62 @@ class Sweep:
         missing = sum(not self.cache.holds(probability_path(self.probability_folder, i)) for i in range(n_windows))
         return probability_bytes(missing, n - self.first_scored, self.reference.vocab_size) if self.open_cases else 0
 
+    @property
+    def source_types(self) -> dict[str, str]:
+        """Type of each of the reference's tensors, by name."""
+        return {tensor.name: tensor.type for tensor in self.reference.info.tensors}
+
+    @property
+    def hashes(self) -> Hashes | None:
+        """What the tensors are made of; None when that is not known yet."""
+        source, path = self.cache.known_json(HASHES, self.reference.id), self.imatrix_path
+        weights: dict[str, str] | None = {}
+        if path is not None:
+            weights = self.cache.known_json(HASHES, self.cache.sha256(path)) if path.is_file() else None
+        if source is None or weights is None:
+            return None
+        return Hashes(self.source_types, source, weights, self.engine_version)
+
+    @cached_property
+    def tensor_cache(self) -> TensorCache:
+        """Quantized tensors: as many as the configuration says, and as the disk has room for beside the files."""
+        limit_bytes = round(1e9 * self.config.runtime.tensor_cache_gb)
+        if limit_bytes:
+            held_bytes = sum(entry.n_bytes for entry in entries(self.cache))
+            spare = free_bytes(self.cache.folder) - self.file_bytes_at_once - self.missing_probability_bytes
+            limit_bytes = min(limit_bytes, held_bytes + max(0, spare))
+        return TensorCache(self.cache, limit_bytes)
+
+    def _held_tensors(self, plans: Iterable[Plan]) -> set[Piece]:
+        """Pieces of the plans that are in the cache; none as long as it is not known what they are made of."""
+        hashes = self.hashes
+        if hashes is None:
+            return set()
+        there = {entry.key for entry in entries(self.cache)}
+        wanted = {piece: t for plan in plans for piece, t in kept_tensors(plan, self.source_types).items()}
+        return {piece for piece, t in wanted.items() if hashes.keys([t])[t.name] in there}
+
+    @property
+    def file_bytes_at_once(self) -> int:
+        """Disk that the quantized files will take at most at one time."""
+        sizes = [case.plan.file_bytes for case in self.to_quantize]
+        return sum(sizes) if self.keeps_variants else max(sizes, default=0)
+
+    @property
+    def new_tensor_bytes(self) -> int:
+        """Disk that quantized tensors will take beside those that are kept already."""
+        plans = [case.plan for case in self.to_quantize]
+        held = self._held_tensors(plans)
+        new = {piece: t for plan in plans for piece, t in kept_tensors(plan, self.source_types).items()}
+        return self.tensor_cache.growth_bytes(t.n_bytes for piece, t in new.items() if piece not in held)
+
     def steps(self, case: Case) -> dict[str, float]:
         """Estimated seconds of what is left to do for a case."""
         steps: dict[str, float] = {}
         if self.twin(case):
             return steps
-        if not self.cache.holds(self.variant_path(case)):
-            steps["quantizing"] = cost.quantize_s(case.plan.tensors, self.n_threads)
+        if case.plan.file_type and not self.cache.holds(self.variant_path(case)):
+            steps["quantizing"] = self.quantizing_s.get(case.key, 0.0)
         steps["scoring"] = self.score_s(case)
         return steps
 
@@ -241,9 +305,8 @@ class Sweep:
     def estimate_s(self) -> float:
         """Estimated seconds of everything that is left to do."""
         cases = sum(sum(self.steps(case).values()) for case in self.open_cases)
-        again = [case for case in self.to_quantize if case.done]
-        quantizing = sum(cost.quantize_s(case.plan.tensors, self.n_threads) for case in again)
-        return self.imatrix_s + cases + quantizing + self.layers_s + self.speed_s
+        again = sum(self.quantizing_s.get(case.key, 0.0) for case in self.to_quantize if case.done)
+        return self.imatrix_s + cases + again + self.layers_s + self.speed_s
 
 
 def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool = True) -> Sweep:
@@ -471,9 +534,7 @@ def _require_same_settings(sweep: Sweep) -> None:
 
 
 def _require_room(sweep: Sweep) -> None:
-    variants = [case.plan.file_bytes for case in sweep.to_quantize]
-    at_once = sum(variants) if sweep.keeps_variants else max(variants, default=0)
-    needed = at_once + sweep.missing_probability_bytes
+    needed = sweep.file_bytes_at_once + sweep.missing_probability_bytes  # tensors are kept where there is room beside
     if needed:
         require_disk(sweep.cache.folder, needed, "the quantized variants and the reference's probabilities")
 

@@ -39,7 +39,7 @@ def tiny_overrides(tiny_gguf: Path, texts: tuple[Path, Path], tmp_path: Path) ->
     return _overrides(tiny_gguf, texts, tmp_path)
 
 
-def _overrides(model: Path, texts: tuple[Path, Path], folder: Path) -> list[str]:
+def _overrides(model: Path, texts: tuple[Path, Path], folder: Path, threads: int = 2) -> list[str]:
     return [
         f"model.path={model}",
         f"prompts.path={texts[0]}",
@@ -48,7 +48,7 @@ def _overrides(model: Path, texts: tuple[Path, Path], folder: Path) -> list[str]
         f"calibration.path={texts[1]}",
         "calibration.n_windows=2",
         "calibration.window_tokens=128",
-        "runtime.threads=2",
+        f"runtime.threads={threads}",
         "measure.speed=false",
         f"runtime.cache_dir={folder / 'cache'}",
         f"results.dir={folder / 'results'}",
@@ -60,7 +60,7 @@ def _overrides(model: Path, texts: tuple[Path, Path], folder: Path) -> list[str]
 def finished_sweep(tiny_gguf: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with cache/ and results/tiny/ of a finished sweep; not to be written to."""
     folder = tmp_path_factory.mktemp("finished")
-    overrides = ["mode=standard", *_overrides(tiny_gguf, texts, folder)]
+    overrides = ["mode=standard", *_overrides(tiny_gguf, texts, folder, threads=1)]
     assert main(["sweep", "quant=q8_0", *overrides]) == 0
     assert main(["plan", "quant=q8_0,q4_0", *overrides]) == 0, "now in the cache, for all that sweep it further"
     return folder
@@ -71,7 +71,6 @@ def world(
     finished_sweep: Path,
     tiny_gguf: Path,
     texts: tuple[Path, Path],
-    tiny_overrides: list[str],
     tmp_path: Path,
     cli: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
@@ -79,7 +78,9 @@ def world(
     """The test's own copy of the finished sweep."""
     shutil.copytree(finished_sweep, tmp_path, dirs_exist_ok=True)
     with ExitStack() as stack:
-        yield World(tmp_path, tiny_overrides, tiny_gguf, texts, cli, monkeypatch, stack)
+        yield World(
+            tmp_path, _overrides(tiny_gguf, texts, tmp_path, threads=1), tiny_gguf, texts, cli, monkeypatch, stack
+        )
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from tiny_model import random_text, write_tiny_llama
 from harness.record import read_record
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMING_FIELDS = ("timings", "peak_rss_bytes", "environment", "created_utc")
+TIMING_FIELDS = ("timings", "quantizing", "peak_rss_bytes", "environment", "created_utc")
 
 
 def kill_sweeps(folder: Path, kills: int, seed: int, say: Callable[[str], None]) -> Counter[str]:

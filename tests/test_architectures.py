@@ -17,7 +17,7 @@ from harness.engine import hidden
 from harness.engine import model as engine
 from harness.engine.gguf_file import read_header
 from harness.engine.load_check import check_load
-from harness.engine.quantize import DryRun, standard_types
+from harness.engine.quantize import DryRun, quantize, standard_types
 from harness.errors import EngineError
 from harness.header import GgufInfo
 from harness.imatrix import make_imatrix, read_imatrix
@@ -169,6 +169,9 @@ def test_written_file_is_the_planned_one_and_scores(made: Made, tmp_path: Path, 
     written = {t.name: (t.tensor_type.name.lower(), int(t.n_bytes)) for t in gguf.GGUFReader(target).tensors}
     assert written == {t.name: (t.type, t.n_bytes) for t in plan.tensors}
     assert target.stat().st_size == plan.file_bytes
+    truth, weights = tmp_path / "truth.gguf", read_imatrix(made.imatrix).weights
+    quantize(made.path, truth, "iq1_m", overrides=plan.overrides, imatrix=weights, n_threads=2)
+    assert target.read_bytes() == truth.read_bytes(), "llama_model_quantize makes the same file"
     nll_of(made, made.path, is_reference=True)
     nll = nll_of(made, target)
     assert np.isfinite(np.exp(nll.mean()))

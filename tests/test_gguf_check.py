@@ -126,11 +126,9 @@ def test_damaged_headers_are_refused_in_one_line(data: bytes, said: str) -> None
     assert line.endswith(": the header is damaged or truncated, fetch the file again")
 
 
-@pytest.mark.parametrize(
-    ("version", "said"), [(0, "version 0"), (1, "version 1"), (4, "version 4"), (3 << 24, "big-endian GGUF")]
-)
-def test_other_versions_and_orders_of_bytes_are_told(version: int, said: str) -> None:
-    with pytest.raises(UserError, match=rf"x\.gguf is .*{said}.*: "):
+@pytest.mark.parametrize(("version", "said"), [(1, "of GGUF version 1, "), (3 << 24, "a big-endian GGUF, ")])
+def test_other_versions_are_no_damage(version: int, said: str) -> None:
+    with pytest.raises(UserError, match=f"x.gguf is {said}"):
         check_header(header([], version=version), "x.gguf")
 
 

@@ -213,12 +213,9 @@ def test_data_set_of_the_hub_is_the_prompts(run: Run, hub: FakeHub, tiny_gguf: P
 
 def test_what_the_hub_does_not_have_is_refused(run: Run, tmp_path: Path) -> None:
     cases = {
-        "model.hub.filename=nothing.gguf": ["someone/tiny/nothing.gguf", "404", f"it has {FILE}"],
         "model.hub.filename=a-00002-of-00003.gguf": ["first part", "a-00001-of-00003.gguf"],
-        "model.hub.repo_id=someone/nothing": ["someone/nothing", "401", "HF_TOKEN"],
         "model.hub.repo_id=a/b/c": ["a/b/c", "model.hub"],
         "model.hub.filename=null": ["someone/tiny", "model.hub.filename", FILE],
-        f"model.hub.sha256={'0' * 64}": ["0" * 64, "expected"],
     }
     results = together(*(partial(run, "plan", override, cache=f"cache-{i}") for i, override in enumerate(cases)))
     for result, (override, parts) in zip(results, cases.items(), strict=True):
@@ -282,8 +279,6 @@ def test_pages_instead_of_a_model_are_refused(run: Run, hub: FakeHub, tmp_path: 
     page = b"<!doctype html><title>Sign in to this network</title>"
     hub.repos["someone/tiny"].revisions["page"] = {FILE: page}
     assert "no GGUF file" in refused(run("plan", "model.hub.revision=page"), tmp_path)
-    hub.repos["someone/tiny"].page = page  # of a network that answers everything itself, without the hub's headers
-    assert "someone/tiny" in refused(run("plan"), tmp_path)
 
 
 def test_data_set_that_is_not_there_is_refused(run: Run, hub: FakeHub, tiny_gguf: Path, tmp_path: Path) -> None:

@@ -3,8 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+
+from harness.cli import compose
+from harness.engine.collect import Activations
+from harness.engine.quantize import quantize
+from harness.imatrix import read_imatrix, write_imatrix
+from harness.quantize import make_variant
+from harness.sweep import prepare
 
 # llama-perplexity -c 2048 -b 2048 --chunks 4, built from the same llama.cpp; the files quantized without imatrix. The
 # divergences are from --kl-divergence, whose reference is rounded to 16 bits, so they agree within the printed error.
@@ -33,3 +41,36 @@ def test_figures_are_llama_perplexitys(cli: Callable[..., tuple[int, str, str]],
         assert runs.kld_mean[quant] == pytest.approx(kld, abs=kld_se), quant
         assert runs.kld_se[quant] == pytest.approx(kld_se, rel=0.1), quant
         assert 100 * runs.same_top[quant] == pytest.approx(same_top, abs=0.5), quant
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("quant", ["q8_0", "q4_k_m", "q3_k_m", "iq1_m"])
+def test_files_are_llama_cpps(tmp_path: Path, quant: str) -> None:
+    """Byte for byte what llama_model_quantize makes, with random importances: no text has to run for that."""
+    overrides = [f"quant={quant}", "mode=standard", "calibration=none"]
+    if quant == "iq1_m":
+        reference = prepare(compose(["quant=reference"]), print, with_reference=False).reference
+        rng, imatrix = np.random.default_rng(0), tmp_path / "imatrix.gguf"
+        wide = [t for t in reference.info.tensors if t.name.startswith("blk.") and len(t.shape) > 1]
+        seen = {t.name: Activations(rng.gamma(1.0, 1.0, (1, t.shape[0])), np.ones(1)) for t in wide}
+        write_imatrix(imatrix, seen, dataset="random", n_windows=1, window_tokens=16)
+        overrides[2:] = [f"calibration.imatrix={imatrix}"]
+    sweep = prepare(compose(overrides), print, with_reference=False)
+    (plan,) = (case.plan for case in sweep.cases)
+    path, weights = sweep.imatrix_path, {}
+    if path:
+        weights = read_imatrix(path).weights
+    metadata = {key: value or len(weights) for key, value in plan.metadata}
+    make_variant(sweep.reference.path, tmp_path / "ours.gguf", plan, path, n_threads=2)
+    assert plan.file_type
+    truth = tmp_path / "truth.gguf"
+    quantize(
+        sweep.reference.path,
+        truth,
+        plan.file_type,
+        overrides=plan.overrides,
+        imatrix=weights,
+        metadata=metadata,
+        n_threads=2,
+    )
+    assert (tmp_path / "ours.gguf").read_bytes() == truth.read_bytes()

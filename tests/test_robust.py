@@ -26,7 +26,7 @@ def test_damaged_cache_files_are_made_again(
     keep = "runtime.keep_variants=true"
     assert cli("sweep", "quant=iq2_xs", "mode=standard", keep, *tiny_overrides)[0] == 0
     truth = read_records(tmp_path / "results" / "tiny")[1].per_token()["nll"]
-    kinds = {"imatrix", "variants", "probabilities", "windows", "headers", "mixtures"}
+    kinds = {"imatrix", "variants", "probabilities", "windows", "headers", "mixtures", "tensors", "tensor_sha256"}
     for path in sorted((tmp_path / "cache").rglob("*")):
         if path.is_file() and path.parent.parent.name != "logs" and not path.name.endswith(".lock"):
             kinds -= {path.parent.name, path.parent.parent.name}
@@ -66,6 +66,11 @@ def test_two_sweeps_at_once_make_each_thing_once(tiny_overrides: list[str], tmp_
         assert text.count(case) == 1, case
     runs = pd.read_csv(tmp_path / "results" / "tiny" / "runs.csv")
     assert len(runs) == 5 and (runs.status == "ok").all()
+    records = [record.data for record in read_records(tmp_path / "results" / "tiny")]
+    made = [record for record in records if record["quantizing"] and not record.get("same_as")]
+    pieces = {(name, t["type"]) for record in made for name, t in record["variant"]["tensors"].items()}
+    quantized = sum(record["quantizing"]["n_tensors_quantized"] for record in made)
+    assert quantized == len([one for one in pieces if one[1] not in ("f32", "q8_0")]), "each tensor and type once"
     assert len(list((tmp_path / "results" / "tiny" / "speed").iterdir())) == 1, "timed once"
     assert len(list((tmp_path / "results" / "tiny" / "layers").iterdir())) == 3, "and every file compared"
     assert not list(tmp_path.rglob("*.tmp"))

@@ -60,6 +60,15 @@ def test_write_atomic_makes_folders_and_leaves_nothing_else(tmp_path: Path) -> N
     assert files_below(tmp_path) == {"a/b/c.txt"}
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_only_durable_files_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    write_atomic(tmp_path / "c.txt", lambda temporary: temporary.write_text("whole"), durable=durable)
+    assert (tmp_path / "c.txt").read_text() == "whole"
+    assert len(synced) == durable
+
+
 @pytest.mark.parametrize("failure", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)])
 def test_write_atomic_leaves_nothing_when_it_fails(tmp_path: Path, failure: BaseException) -> None:
     def half(temporary: Path) -> None:
@@ -472,6 +481,14 @@ def test_damaged_json_is_made_again(cache: Cache, damage: bytes) -> None:
     cache.path("headers", "k", ".json").write_bytes(damage)
     assert cache.json("headers", "k", lambda: {"x": 2}) == {"x": 2}
     assert cache.json("headers", "k", lambda: {"x": 3}) == {"x": 2}
+
+
+def test_json_that_is_known_is_told_without_making_it(cache: Cache) -> None:
+    assert cache.known_json("headers", "k") is None
+    cache.json("headers", "k", lambda: [1])
+    assert cache.known_json("headers", "k") == [1]
+    cache.path("headers", "k", ".json").write_bytes(b"{")
+    assert cache.known_json("headers", "k") is None
 
 
 def test_json_whose_maker_fails_is_not_kept(cache: Cache) -> None:

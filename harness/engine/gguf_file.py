@@ -46,7 +46,7 @@ def read_header(path: Path) -> GgufInfo:
     file_bytes = 0
     parts = split_parts(path)
     for part in parts:
-        gguf, tensor_context = _open(part)
+        gguf, tensor_context = open_gguf(part)
         try:
             if part is parts[0]:
                 metadata = _metadata(gguf)
@@ -90,7 +90,7 @@ def read_header(path: Path) -> GgufInfo:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata of one file, without its long arrays. Raises UserError as `read_header`."""
-    gguf, tensor_context = _open(path)
+    gguf, tensor_context = open_gguf(path)
     try:
         return _metadata(gguf)
     finally:
@@ -100,7 +100,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def read_float_tensors(path: Path) -> dict[str, np.ndarray]:
     """The F32 tensors of one file by name, float32 in numpy's order of extents. Raises UserError as `read_header`."""
-    gguf, tensor_context = _open(path)
+    gguf, tensor_context = open_gguf(path)
     try:
         found = {}
         data_offset = ggml.gguf_get_data_offset(gguf)
@@ -121,7 +121,7 @@ def broken_tensor(path: Path) -> str | None:
     Raises UserError as `read_header`. The file is read once, a few MB at a time.
     """
     for part in split_parts(path):
-        gguf, tensor_context = _open(part)
+        gguf, tensor_context = open_gguf(part)
         try:
             data_offset = ggml.gguf_get_data_offset(gguf)
             starts = [data_offset + ggml.gguf_get_tensor_offset(gguf, i) for i in range(ggml.gguf_get_n_tensors(gguf))]
@@ -161,7 +161,9 @@ def _unpadded_bytes(gguf: int) -> int:
     return least - kv_bytes(probe, "x" * (n - 1))
 
 
-def _open(path: Path) -> tuple[int, int]:
+def open_gguf(path: Path) -> tuple[int, int]:
+    """ggml's view of a file's header, and the context that has a descriptor of each tensor: both to be freed. Raises
+    UserError as `read_header`."""
     check_gguf(path)
     context = ctypes.c_void_p()
     # `ctx` of the parameters points to where ggml stores its context; the descriptors of the tensors live there.

@@ -1,4 +1,7 @@
-"""llama_model_quantize: dry runs that tell what llama.cpp would choose, and real runs with every type given."""
+"""llama_model_quantize: dry runs that tell what llama.cpp would choose, and real runs.
+
+Real runs make F16 references, and in the tests the files that those of `harness.quantize` must equal.
+"""
 
 import ctypes
 import re
@@ -87,13 +90,12 @@ def quantize(
     n_threads: int,
     metadata: Mapping[str, str | int] = MappingProxyType({}),
     allow_requantize: bool = False,
-    on_progress: Callable[[float], None] | None = None,
 ) -> None:
     """Write `target` with the type that `overrides` gives to each tensor (name -> lower-case type).
 
     `imatrix`: float32 weights by tensor name, one a column (times the number of experts). `metadata`: keys for the
-    header beside those of the source, texts of at most 127 bytes and numbers below 2^32. `on_progress` receives the
-    share of tensors begun. Raises EngineError when llama.cpp fails.
+    header beside those of the source, texts of at most 127 bytes and numbers below 2^32. Raises EngineError when
+    llama.cpp fails.
     """
     params = _params(file_type, n_threads)
     params.allow_requantize = allow_requantize
@@ -103,12 +105,7 @@ def quantize(
         _attach_metadata(params, metadata),
     ]
 
-    def on_line(line: str) -> None:
-        match = _LINE.search(line)
-        if match and on_progress:
-            on_progress((int(match["i"]) - 1) / int(match["n"]))
-
-    _run(source, target, params, on_line)
+    _run(source, target, params, lambda line: None)
     keep_alive.clear()
 
 

@@ -1,0 +1,63 @@
+"""What the cache holds, for reading: by kind, the largest files, the least recently used tensors."""
+
+import os
+import re
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+from harness.cost import file_size
+from harness.errors import UserError
+from harness.store import Cache, free_bytes
+from harness.tensor_cache import entries
+
+_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+_SHOWN = 5
+
+
+def cache_text(cache: Cache) -> str:
+    """A line a kind, then the largest files and the oldest tensors."""
+    files: dict[str, list[tuple[int, float, Path]]] = {}
+    for folder, _, names in os.walk(cache.folder):
+        for path in (Path(folder, name) for name in names if not name.endswith(".lock")):
+            with suppress(FileNotFoundError):  # a sweep may be at work
+                status = path.stat()
+                kind = path.relative_to(cache.folder).parts[0]
+                files.setdefault(kind, []).append((status.st_size, status.st_mtime, path))
+    every = [one for kind in files.values() for one in kind]
+    total = sum(size for size, _, _ in every)
+    lines = [
+        f"{cache.folder}: {file_size(total)} in {len(every):,} files, "
+        f"{file_size(free_bytes(cache.folder))} free on its disk"
+    ]
+    if not every:
+        return lines[0]
+    lines += ["", f"  {'kind':<16} {'files':>7} {'size':>10}  oldest      newest"]
+    for kind, found in sorted(files.items()):
+        times = sorted(when for _, when, _ in found)
+        n_bytes = file_size(sum(size for size, _, _ in found))
+        lines.append(f"  {kind:<16} {len(found):>7,} {n_bytes:>10}  {_day(times[0])}  {_day(times[-1])}")
+    lines += ["", "largest files"]
+    for size, _, path in sorted(every, key=lambda one: (-one[0], one[2]))[:_SHOWN]:
+        lines.append(f"  {file_size(size):>10}  {path.relative_to(cache.folder).as_posix()}")
+    tensors = entries(cache)
+    if tensors:
+        lines += ["", "quantized tensors, the least recently used first"]
+        lines += [
+            f"  {file_size(one.n_bytes):>10}  {_day(one.used_ns / 1e9)}  {one.path.name}" for one in tensors[:_SHOWN]
+        ]
+    return "\n".join(lines)
+
+
+def parse_size(text: str) -> int:
+    """Bytes that may stay: '5GB', '300 MB', '0'; 'all' leaves none. Raises UserError on anything else."""
+    if text == "all":
+        return 0
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([kmgt]?b?)", text.lower())
+    if not match or match[2] not in _UNITS:
+        raise UserError(f"prune={text}: say how much may stay, such as 5GB, 300MB or 0, or all to remove everything")
+    return round(float(match[1]) * _UNITS[match[2]])
+
+
+def _day(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d")

@@ -1,0 +1,182 @@
+"""Quantized tensors, each kept under what it was made of, so that no sweep quantizes one twice. Bounded in bytes.
+
+An entry is one file: the sha256 of the data, then the data. It is compared whenever the entry is read, so damage is
+found. What was not used for longest goes first when room is needed; the time of the last use is the file's mtime.
+"""
+
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from harness.cost import quantizes_fast
+from harness.plan import TensorPlan
+from harness.store import Cache, key_of, write_atomic
+
+KIND = "tensors"
+HASHES = "tensor_sha256"  # kind of the cache: what tensors and imatrix weights hash to
+VERSION = 1  # of the key and of the file's form
+_DIGEST_BYTES = 32
+_BLOCK_BYTES = 1 << 22
+
+
+def is_kept(tensor: TensorPlan, source_type: str) -> bool:
+    """Whether a tensor is worth an entry: it is quantized, into a type that takes longer to make than to read."""
+    return tensor.type != source_type and not quantizes_fast(tensor.type)
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """What quantized tensors are made of: by name, type and sha256 of the source, and sha256 of the imatrix weights."""
+
+    source_types: Mapping[str, str]
+    source_sha256: Mapping[str, str]
+    weights_sha256: Mapping[str, str]
+    engine_version: str
+
+    def keys(self, tensors: Iterable[TensorPlan]) -> dict[str, str]:
+        """Key by name, for each of the tensors that is kept."""
+        return {t.name: self._key(t) for t in tensors if t.quantizable and is_kept(t, self.source_types[t.name])}
+
+    def _key(self, tensor: TensorPlan) -> str:
+        """Of everything that moves a byte. Not the CPU's features: ggml quantizes with code that is compiled without
+        (libggml-base); but compilers for another kind of machine may round otherwise."""
+        name = tensor.name
+        made_of = (self.source_types[name], self.source_sha256[name], tensor.shape, self.weights_sha256.get(name))
+        return key_of("tensor", VERSION, *made_of, tensor.type, self.engine_version, platform.machine())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of the cache."""
+
+    path: Path
+    n_bytes: int
+    used_ns: int
+
+    @property
+    def key(self) -> str:
+        """What it is kept under."""
+        return self.path.stem
+
+
+def entries(cache: Cache) -> list[Entry]:
+    """All entries of a cache, the least recently used first."""
+    found = []
+    for path in (cache.folder / KIND).glob("*.bin"):
+        with suppress(FileNotFoundError):  # another process may remove it while we look
+            status = path.stat()
+            found.append(Entry(path, status.st_size, status.st_mtime_ns))
+    return sorted(found, key=lambda entry: (entry.used_ns, entry.path))
+
+
+def prune(cache: Cache, max_bytes: int) -> tuple[int, int]:
+    """Remove entries, the least recently used first, until `max_bytes` are left. Returns their number and bytes."""
+    with _lock(cache):
+        found = entries(cache)
+        left, removed = sum(entry.n_bytes for entry in found), []
+        for entry in found:
+            if left <= max_bytes:
+                break
+            entry.path.unlink(missing_ok=True)
+            left -= entry.n_bytes
+            removed.append(entry.n_bytes)
+    return len(removed), sum(removed)
+
+
+def _lock(cache: Cache) -> AbstractContextManager[None]:
+    return cache.lock(cache.folder / KIND)
+
+
+@dataclass(frozen=True)
+class TensorCache:
+    """The entries of one cache folder. `limit_bytes`: of all of them together; 0 keeps nothing.
+
+    One process at a time works on them (`lock`): who comes second finds what the first one made.
+    """
+
+    cache: Cache
+    limit_bytes: int
+
+    def path(self, key: str) -> Path:
+        """Where the entry is, or would be."""
+        return self.cache.path(KIND, key, ".bin")
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold it for whatever is read, kept or removed."""
+        return _lock(self.cache)
+
+    def claim(self, wanted: Mapping[str, int]) -> tuple[set[str], set[str]]:
+        """Get ready for a file that is made of these entries (data bytes by key): which of them are there, and which
+        of the others there is room for. Others go, the least recently used first. Under the lock."""
+        for stale in (self.cache.folder / KIND).glob(".*.tmp"):  # the lock is ours: it is nobody's
+            stale.unlink(missing_ok=True)
+        found = entries(self.cache)
+        mine = [entry for entry in found if entry.key in wanted]
+        for entry in mine:
+            os.utime(entry.path)
+        total, of_mine = sum(entry.n_bytes for entry in found), sum(entry.n_bytes for entry in mine)
+        missing = {key: n_bytes + _DIGEST_BYTES for key, n_bytes in wanted.items()}
+        for entry in mine:
+            missing.pop(entry.key)
+        needed = min(sum(missing.values()), max(0, self.limit_bytes - of_mine))
+        held = {entry.key for entry in mine}
+        for entry in [*(e for e in found if e.key not in wanted), *mine]:
+            if total + needed <= self.limit_bytes:
+                break
+            entry.path.unlink(missing_ok=True)
+            total -= entry.n_bytes
+            held.discard(entry.key)
+        room, fitting = self.limit_bytes - total, set()
+        for key, n_bytes in missing.items():
+            if n_bytes <= room:
+                fitting.add(key)
+                room -= n_bytes
+        return held, fitting
+
+    def read(self, key: str, n_bytes: int, target: BinaryIO) -> bool:
+        """Copy an entry's data to `target`. Tells whether it was whole; a damaged one is removed, and what was written
+        to `target` is to be written again. Under the lock."""
+        path, digest, left = self.path(key), hashlib.sha256(), n_bytes
+        try:
+            with path.open("rb") as file:
+                promised = file.read(_DIGEST_BYTES)
+                whole = os.fstat(file.fileno()).st_size == _DIGEST_BYTES + n_bytes
+                while whole and left:
+                    block = file.read(min(left, _BLOCK_BYTES))
+                    whole = bool(block)
+                    digest.update(block)
+                    target.write(block)
+                    left -= len(block)
+        except FileNotFoundError:
+            return False
+        if whole and digest.digest() == promised:
+            return True
+        path.unlink(missing_ok=True)
+        return False
+
+    def keep(self, key: str, blocks: Iterable[Any], emit: Callable[[Any], None]) -> None:
+        """Make an entry of the blocks (anything that is bytes), and hand each of them on to `emit`. Under the lock."""
+
+        def write(temporary: Path) -> None:
+            digest = hashlib.sha256()
+            with temporary.open("wb") as file:
+                file.write(bytes(_DIGEST_BYTES))
+                for block in blocks:
+                    digest.update(block)
+                    file.write(block)
+                    emit(block)
+                file.seek(0)
+                file.write(digest.digest())
+
+        write_atomic(self.path(key), write, durable=False)  # a torn entry is found when it is read
+
+    def growth_bytes(self, new: Iterable[int]) -> int:
+        """Disk that new entries will take beside those that are there, at most. new: data bytes of each."""
+        before = sum(entry.n_bytes for entry in entries(self.cache))
+        added = sum(n_bytes + _DIGEST_BYTES for n_bytes in new)
+        return max(0, min(added, self.limit_bytes - before))
