@@ -65,7 +65,8 @@ def comparison_frame(runs: pd.DataFrame, records: Sequence[Record]) -> pd.DataFr
     any_timed = bool(good.speed_pass.notna().any())
     of_quants: dict[str, list[Any]] = {}
     for run in good.to_dict("records"):
-        of_quants.setdefault(run["quant"], []).append(run)
+        policy = None if pd.isna(run["policy"]) else run["policy"]  # a column of texts has NaN where there is none
+        of_quants.setdefault(run["quant"], []).append({**run, "policy": policy})
     rows = []
     for quant, of_quant in of_quants.items():
         standard = next((run for run in of_quant if run["mode"] == "standard"), None)

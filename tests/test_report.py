@@ -33,7 +33,7 @@ from harness.record import (
     record_path,
     write_record,
 )
-from harness.report import Report, comparison_text, write_full_report, write_report
+from harness.report import Report, comparison_text, load_results, write_full_report, write_report
 from harness.stats import MIN_BLOCKS, holm, mean_interval
 from harness.store import key_of
 from harness.tables import percent, plus_minus, seconds, size
@@ -700,6 +700,14 @@ def test_a_name_with_dollars_is_no_formula(tmp_path: Path, real_picture: None) -
     pictures = list((tmp_path / "report").glob("*.svg"))
     assert pictures and not any("<script" in path.read_text(encoding="utf-8") for path in pictures)
     assert "frac{$" in (tmp_path / "report" / "tradeoff.svg").read_text(encoding="utf-8").lower()
+
+
+def test_a_mode_without_a_policy_may_stand_beside_one_with(tmp_path: Path) -> None:
+    """pandas makes NaN of the policy that is not there."""
+    put_reference(tmp_path)
+    put_pair(tmp_path)
+    put(tmp_path, "iq1_m", "plain", nll=BASE + 0.3)
+    assert load_results([tmp_path]).comparison.dg_name.tolist() == ["iq1_m-dynamicgate", "iq1_m-plain"]
 
 
 def test_speeds_of_a_row_are_of_one_kind(tmp_path: Path) -> None:
