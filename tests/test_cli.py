@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -648,3 +649,24 @@ def test_every_file_type_is_a_quant() -> None:
 def test_the_schema_s_own_defaults_are_valid() -> None:
     check(Config())
     assert load_policy(Config().policy) == ("none", ())
+
+
+def test_combinations_are_what_hydra_composes_of_each() -> None:
+    lists = {
+        "quant": ("iq1_m", "bf16-q8_0", "q4_0"),
+        "mode": ("standard", "dynamicgate", "placebo"),
+        "policy": ("none", "dynamicgate_ladder"),
+        "policy.file": ("a.yaml", "b.yaml"),
+        "runtime.threads": ("1", "2"),
+    }
+    together = compose([f"{key}={','.join(values)}" for key, values in lists.items()])
+    each = [[f"{key}={value}" for key, value in zip(lists, row, strict=True)] for row in product(*lists.values())]
+    assert together == [one for overrides in each for one in compose(overrides)]
+    assert len({repr(one) for one in together}) == len(each) == 72
+
+
+def test_experiments_in_a_list_are_composed_whole() -> None:
+    together = compose(["+experiment=attribution,ladder_ultra_low", "quant=iq1_m,iq2_s"])
+    each = [["+experiment=attribution", "quant=iq1_m"], ["+experiment=attribution", "quant=iq2_s"]]
+    each += [["+experiment=ladder_ultra_low", "quant=iq1_m"], ["+experiment=ladder_ultra_low", "quant=iq2_s"]]
+    assert together == [one for overrides in each for one in compose(overrides)]
