@@ -64,8 +64,9 @@ def load_windows(
         try:
             return run_in_child(_cut, text, group, file, model, target, log_path=log)
         except EngineError as error:
-            label = text_label(text)
-            raise UserError(f"the text of {group} ({label}) cannot be made tokens of: {error.with_log}") from error
+            raise UserError(
+                f"the text of {group} ({text_label(text)}) cannot be made tokens of ({error.with_log}): see {log}"
+            ) from error
 
     path = cache.make("windows", key, ".npy", make)
     return Windows(text_label(text), np.load(path, allow_pickle=False), **cache.facts(path))

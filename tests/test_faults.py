@@ -685,26 +685,24 @@ ENGINES = [
         "llama.cpp-does-not-load",
         package("raise RuntimeError('Failed to load shared library')"),
         says=(
-            "llama.cpp cannot use tiny-f16: RuntimeError: Failed to load shared library (RuntimeError: Failed to "
-            "load shared library): give another model, or see the logs in {folder}/cache/logs"
+            "the text of prompts (prompts) cannot be made tokens of (RuntimeError: Failed to load shared library): "
+            "see {folder}/cache/logs/tokenize-prompts.log"
         ),
     ),
     Fault(
         "llama.cpp-without-its-library",
         package(""),
         says=(
-            "llama.cpp cannot use tiny-f16: AttributeError: module 'llama_cpp' has no attribute "
-            "'llama_model_default_params' (AttributeError: module 'llama_cpp' has no attribute "
-            "'llama_model_default_params'): give another model, or see the logs in {folder}/cache/logs"
+            "the text of prompts (prompts) cannot be made tokens of (AttributeError: module 'llama_cpp' has no "
+            "attribute 'llama_model_default_params'): see {folder}/cache/logs/tokenize-prompts.log"
         ),
     ),
     Fault(
         "llama.cpp-lacks-a-function",
         package("", find_spec("numpy.random.bit_generator").origin),
         says=(
-            "llama.cpp cannot use tiny-f16: AttributeError: module 'llama_cpp' has no attribute "
-            "'llama_model_default_params' (AttributeError: module 'llama_cpp' has no attribute "
-            "'llama_model_default_params'): give another model, or see the logs in {folder}/cache/logs"
+            "the text of prompts (prompts) cannot be made tokens of (AttributeError: module 'llama_cpp' has no "
+            "attribute 'llama_model_default_params'): see {folder}/cache/logs/tokenize-prompts.log"
         ),
     ),
 ]
