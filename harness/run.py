@@ -22,10 +22,10 @@ def run(sweep: Sweep, display: ProgressDisplay) -> list[str]:
 
     Raises EngineError when something that all cases need cannot be made, OSError when a disk is full or refuses.
     """
-    if sweep.finished:
-        return []
     for folder in (sweep.folder, sweep.cache.folder):
         remove_leftovers(folder)
+    if sweep.finished:
+        return []
     facts = engine_facts(sweep.cache)
     features = chosen_features(cpu_features(facts["system_info"]), sweep.config.runtime.cpu_features)
     engine = {**facts, "cpu_features": features}

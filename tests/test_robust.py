@@ -76,6 +76,20 @@ def test_two_sweeps_at_once_make_each_thing_once(tiny_overrides: list[str], tmp_
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_finished_sweep_removes_what_a_kill_left(cli: Cli, tiny_overrides: list[str], tmp_path: Path) -> None:
+    """As of a picture that was being written when the sweep was killed, after its last record."""
+    import harness.store
+
+    assert cli("sweep", "quant=q8_0", "mode=standard", *tiny_overrides)[0] == 0
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = [tmp_path / "results" / "tiny", tmp_path / "cache" / "sha256"]
+    for folder in left:
+        (folder / f".x.png.{harness.store._machine()}-{dead.pid}-abc.tmp").write_text("half")
+    assert cli("sweep", "quant=q8_0", "mode=standard", *tiny_overrides)[0] == 0
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_a_failure_never_replaces_a_good_record(
     cli: Cli, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
