@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 
 import numpy as np
 
@@ -90,19 +89,21 @@ def equal_size_verdict(case: Measured, ladder: Sequence[Measured]) -> Verdict:
 
 
 def dominators(cases: Sequence[Measured]) -> dict[str, str]:
-    """For each dominated case the name of the best one that is no larger and has a lower perplexity beyond noise.
+    """For each dominated case the best of those that are no larger, if its perplexity is lower beyond noise: names.
 
-    Of those that are no larger the two best are tried. A placebo dominates nothing: it is not for use.
+    A placebo dominates nothing: it is not for use.
     """
-    found = {}
-    usable = [case for case in cases if not case.mode.startswith("placebo")]
-    best_first = sorted(usable, key=lambda one: one.mean_nll)
-    for case in cases:
-        better = (one for one in best_first if one.file_bytes <= case.file_bytes and one.mean_nll < case.mean_nll)
-        names = (one.name for one in islice(better, 2) if mean_interval(one.nll - case.nll).sign == -1)
-        best = next(names, None)
-        if best:
-            found[case.name] = best
+    found: dict[str, str] = {}
+    usable = sorted((case for case in cases if not case.mode.startswith("placebo")), key=lambda one: one.file_bytes)
+    best: Measured | None = None
+    place = 0
+    for case in sorted(cases, key=lambda one: one.file_bytes):
+        while place < len(usable) and usable[place].file_bytes <= case.file_bytes:
+            if best is None or usable[place].mean_nll < best.mean_nll:
+                best = usable[place]
+            place += 1
+        if best and best.mean_nll < case.mean_nll and mean_interval(best.nll - case.nll).sign == -1:
+            found[case.name] = best.name
     return found
 
 

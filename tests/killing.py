@@ -41,8 +41,12 @@ def kill_sweeps(folder: Path, kills: int, seed: int, say: Callable[[str], None])
     shutil.rmtree(folder / "truth")
     say(f"undisturbed: {len(truth)} records in {length_s:.1f} s")
     seen: Counter[str] = Counter()
+    left_s = length_s
     while sum(seen.values()) - seen["finished"] < kills:
-        killed = run_and_kill(command(folder, "run"), rng.uniform(0.0, 1.1 * length_s), rng)
+        after_s = rng.uniform(0.0, 1.1 * left_s)
+        killed = run_and_kill(command(folder, "run"), after_s, rng)
+        # What is started again has less to do, but begins with imports and plans.
+        left_s = max(0.3 * length_s, left_s - after_s) if killed else length_s
         seen[killed or "finished"] += 1
         check(records(folder / "run"), truth)
         if not killed:
