@@ -8,6 +8,9 @@ from harness.errors import UserError, nearest
 from harness.ggml_types import ABORTS_WITHOUT_IMATRIX, FILE_TYPES, IMATRIX_MIN_ROWS, UNQUANTIZED, WEIGHT_TYPES
 from harness.record import MAY_DIFFER
 
+_MOST = 1 << 30  # of any count; beyond 32 bits llama.cpp would read another number
+_MOST_THREADS = 512  # of ggml
+
 
 @dataclass
 class WheelConfig:
@@ -222,8 +225,13 @@ def _check_numbers(config: Config) -> None:
         "runtime.threads": 1 if config.runtime.threads is None else config.runtime.threads,
     }
     for name, value in positive.items():
+        most = _MOST_THREADS if name == "runtime.threads" else _MOST
         if value < 1:
             raise UserError(f"{name}={value}: give a number above 0")
+        if value > most:
+            raise UserError(f"{name}={value}: give at most {most}")
+    if config.mode.placebo_seed is not None and config.mode.placebo_seed < 0:
+        raise UserError(f"mode.placebo_seed={config.mode.placebo_seed}: give 0 or more, or null")
     if config.prompts.window_tokens < 4:
         raise UserError(f"prompts.window_tokens={config.prompts.window_tokens}: a window needs at least 4 tokens")
     if calibration.enabled and not calibration.imatrix and calibration.window_tokens < IMATRIX_MIN_ROWS:

@@ -4,6 +4,7 @@ import json
 import math
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ import pandas as pd
 from harness import checks
 from harness.compare import difference
 from harness.cpu import features_text
-from harness.errors import UserError
+from harness.errors import EngineError, UserError
 from harness.formats import WIDTH, html_table, latex, markdown
 from harness.frames import attribution_frame, comparison_frame, in_order, measured_cases, percent_change, runs_frame
 from harness.page import page
@@ -212,7 +213,8 @@ def write_report(folder: Path, wanted: Collection[str] = (), allow_different: Co
 def write_full_report(folders: Sequence[Path], out: Path, allow_different: Collection[str] = ()) -> Report:
     """Every table in every format, the plots, and one page with all of it. For `python -m harness report`.
 
-    Without pyarrow there are no Parquet files, and the text says so. Raises UserError as `read_sweeps`.
+    Without pyarrow there are no Parquet files, and the text says so. Raises UserError as `read_sweeps`, EngineError
+    when a process that draws dies.
     """
     from harness.pictures import painters, pictures_of_depth, pictures_of_files, save_all
 
@@ -227,8 +229,11 @@ def write_full_report(folders: Sequence[Path], out: Path, allow_different: Colle
         saved += [save_all(of_files, out, formats, drawing)]
         written = _Written(out)
         text = _write_tables(results, written)
-        for one in saved:
-            list(one)
+        try:
+            for one in saved:
+                list(one)
+        except BrokenProcessPool as error:
+            raise EngineError("a process that draws died (the system may have run out of memory)") from error
     drawn = [*of_files, *of_depth]
     written.paths += [out / f"{picture.name}.{kind}" for picture in drawn for kind in formats]
     captions = {out / f"{picture.name}.png": picture.caption for picture in drawn}

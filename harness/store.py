@@ -102,6 +102,8 @@ def write_npz(path: Path, **arrays: Any) -> None:
 def read_json(path: Path) -> Any:
     """What a JSON file says that may be anybody's. Raises OSError, ValueError (too large, no JSON, or what could not be
     written again: NaN, 1e999, half of a surrogate pair) and RecursionError."""
+    if not path.is_file():  # a device or a pipe has no end
+        raise ValueError("it is no file")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"it has more than {MAX_JSON_BYTES >> 20} MiB")
     text = path.read_text(encoding="utf-8")
@@ -249,6 +251,15 @@ def _read_json(path: Path) -> Any:
 
 def free_bytes(folder: Path) -> int:
     """Free bytes on the disk of `folder`, or of its nearest parent that exists."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def disk_bytes(folder: Path) -> int:
+    """Size of that disk."""
+    return shutil.disk_usage(_existing(folder)).total
+
+
+def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder

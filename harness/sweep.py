@@ -27,7 +27,7 @@ from harness.prompts import Windows, load_windows
 from harness.provenance import with_provenance
 from harness.record import RECORDS, first_difference, is_done, mode_label, physical_cores, read_records, record_path
 from harness.reference import Reference, require_disk, resolve_reference
-from harness.store import Cache, free_bytes, key_of
+from harness.store import Cache, disk_bytes, free_bytes, key_of
 from harness.tensor_cache import HASHES, Hashes, TensorCache, entries
 from harness.work import Piece, kept_tensors, quantizing_s
 
@@ -143,12 +143,9 @@ class Sweep:
     @property
     def to_quantize(self) -> tuple[Case, ...]:
         """Cases whose file is needed and not there."""
-        needed = {case.key: case for case in (*self.open_cases, *self.speed_cases, *self.layer_cases)}
-        return tuple(
-            case
-            for case in needed.values()
-            if case.plan.file_type and not self.twin(case) and not self.cache.holds(self.variant_path(case))
-        )
+        wanted = (*self.open_cases, *self.speed_cases, *self.layer_cases)
+        needed = {case.key: case for case in wanted if case.plan.file_type and not self.twin(case)}
+        return tuple(case for case in needed.values() if not self.cache.holds(self.variant_path(case)))
 
     @property
     def imatrix_path(self) -> Path | None:
@@ -213,11 +210,13 @@ class Sweep:
 
     @cached_property
     def tensor_cache(self) -> TensorCache:
-        """Quantized tensors: as many as the configuration says, and as the disk has room for beside the files."""
+        """Quantized tensors: as many as the configuration says, and as the disk has room for beside the files and a
+        twentieth of it that stays free."""
         limit_bytes = round(1e9 * self.config.runtime.tensor_cache_gb)
         if limit_bytes:
             held_bytes = sum(entry.n_bytes for entry in entries(self.cache))
-            spare = free_bytes(self.cache.folder) - self.file_bytes_at_once - self.missing_probability_bytes
+            spare = free_bytes(self.cache.folder) - disk_bytes(self.cache.folder) // 20
+            spare -= self.file_bytes_at_once + self.missing_probability_bytes
             limit_bytes = min(limit_bytes, held_bytes + max(0, spare))
         return TensorCache(self.cache, limit_bytes)
 

@@ -1,7 +1,8 @@
 """Quantized tensors, each kept under what it was made of, so that no sweep quantizes one twice. Bounded in bytes.
 
-An entry is one file: the sha256 of the data, then the data. It is compared whenever the entry is read, so damage is
-found. What was not used for longest goes first when room is needed; the time of the last use is the file's mtime.
+An entry is one file: the sha256 of its key and the data, then the data. It is compared whenever the entry is read, so
+damage is found. What was not used for longest goes first when room is needed; the time of the last use is the file's
+mtime.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from harness.store import Cache, key_of, write_atomic
 
 KIND = "tensors"
 HASHES = "tensor_sha256"  # kind of the cache: what tensors and imatrix weights hash to
-VERSION = 1  # of the key and of the file's form
+VERSION = 2  # of the key and of the file's form
 _DIGEST_BYTES = 32
 _BLOCK_BYTES = 1 << 22
 
@@ -141,7 +142,7 @@ class TensorCache:
     def read(self, key: str, n_bytes: int, target: BinaryIO) -> bool:
         """Copy an entry's data to `target`. Tells whether it was whole; a damaged one is removed, and what was written
         to `target` is to be written again. Under the lock."""
-        path, digest, left = self.path(key), hashlib.sha256(), n_bytes
+        path, digest, left = self.path(key), hashlib.sha256(key.encode()), n_bytes
         try:
             with path.open("rb") as file:
                 promised = file.read(_DIGEST_BYTES)
@@ -163,7 +164,7 @@ class TensorCache:
         """Make an entry of the blocks (anything that is bytes), and hand each of them on to `emit`. Under the lock."""
 
         def write(temporary: Path) -> None:
-            digest = hashlib.sha256()
+            digest = hashlib.sha256(key.encode())
             with temporary.open("wb") as file:
                 file.write(bytes(_DIGEST_BYTES))
                 for block in blocks:

@@ -269,6 +269,7 @@ SETTINGS = [
         ),
     ),
     Fault("number-out-of-range", setting("prompts.n_windows=-1"), says="prompts.n_windows=-1: give a number above 0"),
+    Fault("threads-beyond-ggml", setting("runtime.threads=4294967297"), "runtime.threads=4294967297: give at most 512"),
     Fault(
         "window-beyond-the-context",
         setting("prompts.window_tokens=513", "prompts.n_windows=1"),

@@ -542,3 +542,11 @@ def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatc
     assert free_bytes(tmp_path / "a" / "b") > 0
     monkeypatch.chdir(tmp_path)
     assert free_bytes(Path("a/b")) > 0
+
+
+def test_what_has_no_end_is_no_json(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(ValueError, match="no file"):
+            store.read_json(tmp_path / f"{name}.json")

@@ -56,12 +56,12 @@ def used(kept: TensorCache, *keys: str) -> None:
 # --- one entry
 
 
-def test_an_entry_is_the_sha256_and_the_data(kept: TensorCache) -> None:
+def test_an_entry_is_the_sha256_of_key_and_data_and_the_data(kept: TensorCache) -> None:
     assert put(kept, "k", b"0123456789") == b"0123456789"
     assert got(kept, "k", 10) == b"0123456789"
     stored = kept.path("k").read_bytes()
-    # sha256 of "0123456789", by sha256sum
-    assert stored[:DIGEST].hex() == "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882"
+    # sha256 of "k0123456789", by sha256sum
+    assert stored[:DIGEST].hex() == "233a7b72bc971a61ec577ef3efa5d2932794cd5244f2a5ea9163bbb84aa8859e"
     assert stored[DIGEST:] == b"0123456789"
     assert [path.name for path in kept.path("k").parent.iterdir()] == ["k.bin"]
 
@@ -93,6 +93,13 @@ def test_damage_is_found_when_an_entry_is_read(kept: TensorCache, damage: Callab
 def test_an_entry_of_another_size_than_planned_is_damaged(kept: TensorCache) -> None:
     put(kept, "k", b"0123456789")
     assert got(kept, "k", 9) is None
+
+
+def test_the_entry_of_another_key_is_damaged(kept: TensorCache) -> None:
+    put(kept, "k", b"0123456789")
+    kept.path("other").write_bytes(kept.path("k").read_bytes())
+    assert got(kept, "other", 10) is None
+    assert got(kept, "k", 10) == b"0123456789"
 
 
 def test_what_failed_halfway_leaves_nothing(kept: TensorCache) -> None:
@@ -357,6 +364,15 @@ def prepared(*overrides: str) -> Sweep:
     return prepare(compose(overrides), print, with_reference=False)
 
 
+def test_twins_take_no_disk_and_hide_none(tiny_overrides: list[str]) -> None:
+    """The policy has no rule for q4_0: both modes are one file, which needs its disk."""
+    both, one = (
+        prepared("quant=q4_0", f"mode={mode}", *tiny_overrides) for mode in ("standard,dynamicgate", "standard")
+    )
+    assert len(both.cases) == 2 and [case.plan.mode for case in both.to_quantize] == ["standard"]
+    assert both.file_bytes_at_once == one.file_bytes_at_once > 0
+
+
 def test_a_disk_with_room_for_the_files_alone_keeps_no_tensors(
     tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,9 +384,10 @@ def test_a_disk_with_room_for_the_files_alone_keeps_no_tensors(
     assert len(once) < len(planned) and sweep.new_tensor_bytes == sum(once.values())
     files = max(case.plan.file_bytes for case in sweep.cases)
     assert sweep.file_bytes_at_once == files
-    for spare, kept_bytes in ((-1, 0), (0, 0), (5000, 5000), (10**12, sum(once.values()))):
-        free = files + sweep.missing_probability_bytes + spare
+    for spare, kept_bytes in ((-50_001, 0), (0, 0), (5000, 5000), (10**12, sum(once.values()))):
+        free = files + sweep.missing_probability_bytes + 50_000 + spare
         monkeypatch.setattr("harness.sweep.free_bytes", lambda folder, free=free: free)
+        monkeypatch.setattr("harness.sweep.disk_bytes", lambda folder: 1_000_000)  # a twentieth stays free
         assert prepared(*cases).new_tensor_bytes == kept_bytes
 
 
