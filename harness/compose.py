@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -77,7 +78,7 @@ def _combinations(choices: dict[str, list[str]]) -> list["Config"]:
                 )
                 parts[known] = getattr(whole, part)
             changed[part] = parts[known]
-        configs.append(replace(base, **changed))
+        configs.append(deepcopy(replace(base, **changed)))  # none shares a part with another
     return configs
 
 
