@@ -5,7 +5,8 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -63,43 +64,66 @@ class Offer:
     name: str
     shipped: Mapping[str, Collection[str]]
 
+    @cached_property
+    def measured(self) -> tuple[Record, ...]:
+        """`offered`, the reference among them."""
+        return offered(self.results)
+
     @property
     def variants(self) -> list[Record]:
         """The measured files, without the reference."""
-        return [record for record in self.results.measured if record.data["mode"] != "reference"]
+        return [record for record in self.measured if record.data["mode"] != "reference"]
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """Their rows; only an offered file dominates another."""
+        runs = self.results.runs
+        runs = runs[runs.name.isin(self._names) & (runs.status == "ok")].copy()
+        better = dominators([case for case in measured_cases(self.measured) if case.mode != "reference"])
+        runs["dominated_by"] = runs.name.map(better).astype(object)
+        return runs
+
+    @cached_property
+    def comparison(self) -> pd.DataFrame:
+        """Their rows. Speeds stay where both sides of a row were timed in one pass."""
+        comparison = self.results.comparison
+        comparison = comparison[comparison.dg_name.isin(self._names) | comparison.dg_name.isna()].copy()
+        passes = dict(zip(self.runs.name, self.runs.speed_pass, strict=True))
+        for row in comparison.index:
+            both = [passes.get(comparison.at[row, column]) for column in ("std_name", "dg_name")]
+            if not isinstance(both[0], str) or both[0] != both[1]:
+                comparison.loc[row, ["std_speed_s", "dg_speed_s"]] = None
+        return comparison
+
+    @cached_property
+    def speed(self) -> pd.DataFrame:
+        """Their rows."""
+        speed = self.results.speed
+        return speed[speed.name.isin(self._names)] if len(speed) else speed
+
+    @cached_property
+    def _names(self) -> set[str]:
+        return {record.name for record in self.measured}
 
     def file(self, case: str) -> str:
         """Name of a case's file."""
         return f"{file_name(self.name)}-{file_name(case)}.gguf"
 
 
-def offered(results: Results) -> Results:
-    """Without placebos and the parts of an attribution: they test a policy, and are not files to offer.
+def offered(results: Results) -> tuple[Record, ...]:
+    """The records without placebos and the parts of an attribution: they test a policy, and are not files to offer.
 
-    Speeds stay where both sides of a row were timed in one pass. Raises UserError when nothing was measured.
+    Raises UserError when nothing was measured.
     """
     measured = tuple(record for record in results.measured if _is_offered(record))
     if not any(record.data["mode"] != "reference" for record in measured):
         raise UserError("these results hold no measured file to write a card about: run a sweep with quants first")
-    names = {record.name for record in measured}
-    runs = results.runs[results.runs.name.isin(names) & (results.runs.status == "ok")].copy()
-    better = dominators([case for case in measured_cases(measured) if case.mode != "reference"])
-    runs["dominated_by"] = runs.name.map(better).astype(object)
-    comparison = results.comparison
-    comparison = comparison[comparison.dg_name.isin(names) | comparison.dg_name.isna()].copy()
-    passes = dict(zip(runs.name, runs.speed_pass, strict=True))
-    for row in comparison.index:
-        both = [passes.get(comparison.at[row, column]) for column in ("std_name", "dg_name")]
-        if not isinstance(both[0], str) or both[0] != both[1]:
-            comparison.loc[row, ["std_speed_s", "dg_speed_s"]] = None
-    speed = results.speed[results.speed.name.isin(names)] if len(results.speed) else results.speed
-    return replace(results, measured=measured, runs=runs, comparison=comparison, speed=speed)
+    return measured
 
 
 def comparison_block(offer: Offer) -> str:
     """Standard beside DynamicGate, with a key and what it shows beyond noise."""
-    results = offer.results
-    table = results.comparison
+    table = offer.comparison
     if table.std_name.isna().all() or table.dg_name.isna().all():
         return "No file type was measured both with llama.cpp's own mixture and with DynamicGate."
     timed = bool(table.dg_speed_s.notna().any())
@@ -124,13 +148,13 @@ def comparison_block(offer: Offer) -> str:
         "Key Improvements:",
         _bullets(improvements),
         "Tradeoffs:",
-        _bullets([*tradeoffs(table, results.runs, results.speed), *_control_sentences(results.runs)]),
+        _bullets([*tradeoffs(table, offer.runs, offer.speed), *_control_sentences(offer.runs)]),
     )
 
 
 def files_block(offer: Offer) -> str:
     """Every file with its figures, and which of its tensors have which type."""
-    runs = offer.results.runs
+    runs = offer.runs
     stems = {name: offer.file(name).removesuffix(".gguf") for name in runs.name}
     better = pd.Series([_named(one, offer) for one in runs.dominated_by], index=runs.index, dtype=object)
     named = runs.assign(name=runs.name.map(stems), dominated_by=better)
@@ -144,9 +168,9 @@ def files_block(offer: Offer) -> str:
 
 def formats_block(offer: Offer) -> str:
     """Which format to take: measured figures where there are any, and what hardware the format wants."""
-    runs = offer.results.runs.astype(object).where(offer.results.runs.notna(), None).to_dict("records")
+    runs = offer.runs.astype(object).where(offer.runs.notna(), None).to_dict("records")
     timed = any(row["prompt_tokens_per_s"] is not None for row in runs)
-    reference = offer.results.measured[0].data["reference"]
+    reference = offer.measured[0].data["reference"]
     for row in runs:
         row["format"] = row["quant"]
         if row["mode"] == "reference":
@@ -183,14 +207,13 @@ def formats_block(offer: Offer) -> str:
 
 def method_block(offer: Offer) -> str:
     """How it was measured: inputs with their checksums, settings, machine, commands, and what to know."""
-    results = offer.results
-    data = results.measured[0].data
+    data = offer.measured[0].data
     reference, prompts, settings, versions = (
         data[name] for name in ("reference", "prompt_set", "settings", "versions")
     )
     environment, n_tokens = data["environment"], prompts["window_tokens"]
     scored = n_tokens - settings["first_scored"]
-    calibration, features = _calibration(results), features_text(environment)
+    calibration, features = _calibration(offer), features_text(environment)
     commit = f", commit {environment['commit']}" if environment.get("commit") else ""
     machine = [
         environment.get("cpu"),
@@ -218,7 +241,7 @@ def method_block(offer: Offer) -> str:
         f"{'on' if settings.get('flash_attention', True) else 'off'}",
         "Machine": "; ".join(str(one) for one in machine if one),
         "Speed": "a timing pass of its own, every file in turn, several rounds; the median counts"
-        if len(results.speed)
+        if len(offer.speed)
         else _NOT_MEASURED,
     }
     notes = _findings(offer)
@@ -232,7 +255,7 @@ def method_block(offer: Offer) -> str:
 
 def recipes_block(offer: Offer) -> str:
     """Of every file the llama-quantize command that gives each tensor its type, folded away."""
-    reference = offer.results.measured[0].data["reference"]
+    reference = offer.measured[0].data["reference"]
     stem, kind = file_name(reference["name"]), reference["file_type"] or "f16"
     source = f"{stem}.gguf" if stem.lower().endswith(kind) else f"{stem}-{kind}.gguf"
     parts = [
@@ -274,7 +297,7 @@ def tensor_types(record: Record) -> list[str]:
 
 def figures(offer: Offer) -> list[dict[str, Any]]:
     """PPL and mean KLD of every file, rounded, as the keyword arguments of huggingface_hub's EvalResult."""
-    prompts = offer.results.measured[0].data["prompt_set"]
+    prompts = offer.measured[0].data["prompt_set"]
     shared = {
         "task_type": "text-generation",
         "dataset_type": str(prompts["name"]),
@@ -282,7 +305,7 @@ def figures(offer: Offer) -> list[dict[str, Any]]:
         "dataset_args": {"prompt_set_id": prompts["id"]},
     }
     found = []
-    for row in offer.results.runs.to_dict("records"):
+    for row in offer.runs.to_dict("records"):
         if row["mode"] == "reference":
             continue
         file = offer.file(row["name"])
@@ -332,7 +355,7 @@ def _escaped(table: Table) -> Table:
 
 
 def _text_said(offer: Offer) -> str:
-    prompts = offer.results.measured[0].data["prompt_set"]
+    prompts = offer.measured[0].data["prompt_set"]
     return (
         f"Measured on the text {prompts['name']} (sha256 {prompts['text_sha256'][:12]}), "
         f"{prompts['n_windows']} windows of {prompts['window_tokens']} tokens, the same for every file"
@@ -407,7 +430,7 @@ def _format_row(row: Mapping[Any, Any], offer: Offer, timed: bool, card_format: 
         speed = [_NOT_MEASURED if None in speeds else f"{speeds[0]:.1f} and {speeds[1]:.1f} tokens/s"]
     advice = recommendation({**row, "dominated_by": _named(row["dominated_by"], offer)})
     if is_reference:
-        derived = offer.results.measured[0].data["reference"].get("derived_from")
+        derived = offer.measured[0].data["reference"].get("derived_from")
         advice = "the reference, to quantize again" if not derived else f"the reference, made from {derived.upper()}"
     return label, precision, size(row["file_bytes"]), *speed, _hardware(row["file_type"], row["output_type"]), advice
 
@@ -421,15 +444,15 @@ def _hardware(file_type: str | None, output_type: str | None = None) -> str:
     return "; for the output: ".join(texts)
 
 
-def _calibration(results: Results) -> dict[str, Any] | None:
-    return next((r.data["calibration"] for r in results.measured if r.data.get("calibration")), None)
+def _calibration(offer: Offer) -> dict[str, Any] | None:
+    return next((r.data["calibration"] for r in offer.measured if r.data.get("calibration")), None)
 
 
 def _commands(offer: Offer) -> str:
     """Sweeps that measure the same files again, one a policy; then llama.cpp's own tool on one file."""
-    data = offer.results.measured[0].data
+    data = offer.measured[0].data
     prompts, settings = data["prompt_set"], data["settings"]
-    calibration = _calibration(offer.results)
+    calibration = _calibration(offer)
     half = prompts["window_tokens"] // 2 + 1
     shared = [
         _source("model", data["reference"]["name"], ".gguf", offer),
@@ -506,7 +529,7 @@ def _source(group: str, name: str, suffix: str, offer: Offer) -> str:
 
 def _findings(offer: Offer) -> list[str]:
     """What was found about the offered files, each thing once."""
-    names = {record.name for record in offer.results.measured}
+    names = {record.name for record in offer.measured}
     seen: dict[tuple[str, str], list[str]] = {}
     for name, findings in offer.results.findings.items():
         if name in names or name == "all":

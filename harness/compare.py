@@ -1,5 +1,6 @@
 """Paired comparisons of measured cases: any two of them, and each against the standard ladder at equal size. Pure."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,17 +69,20 @@ def equal_size_verdict(case: Measured, ladder: Sequence[Measured]) -> Verdict:
     The two neighbours of the standard ladder are interpolated linearly in bytes, token by token, so the comparison is
     paired. Of several rungs of one size the best counts. Outside the ladder there is no verdict.
     """
-    rungs = [rung for rung in ladder if rung.mode == "standard"]
-    below = [rung for rung in rungs if rung.file_bytes <= case.file_bytes]
-    above = [rung for rung in rungs if rung.file_bytes >= case.file_bytes]
-    if not below or not above:
-        side = "smaller" if not below else "larger"
-        rung = _next_rung(case, rungs, larger=not above)
+    rungs = sorted(
+        (rung for rung in ladder if rung.mode == "standard"), key=lambda rung: (rung.file_bytes, rung.mean_nll)
+    )
+    sizes = [rung.file_bytes for rung in rungs]
+    n_below = bisect_right(sizes, case.file_bytes)
+    first_above = bisect_left(sizes, case.file_bytes)
+    if not n_below or first_above == len(rungs):
+        side = "smaller" if not n_below else "larger"
+        rung = _next_rung(case, rungs, larger=bool(n_below))
         hint = f", such as {rung}" if rung else ""
         reason = f"no standard case is {side} than {case.name}: add a {side} standard quant to the sweep{hint}"
         return Verdict(None, None, None, None, None, reason)
-    low = max(below, key=lambda rung: (rung.file_bytes, -rung.mean_nll))
-    high = min(above, key=lambda rung: (rung.file_bytes, rung.mean_nll))
+    low = rungs[bisect_left(sizes, sizes[n_below - 1])]  # of several of one size the best is the first
+    high = rungs[first_above]
     weight = 0.0 if low is high else (case.file_bytes - low.file_bytes) / (high.file_bytes - low.file_bytes)
     ln_ppl = mean_interval(case.nll - ((1 - weight) * low.nll + weight * high.nll))
     kld = None

@@ -5,7 +5,7 @@ A block stands between two lines of their own, `<!-- harness:NAME -->` and `<!--
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import yaml
 
 from harness.card_blocks import BLOCKS, Offer, figures, has_imatrix, md, offered
 from harness.errors import UserError, nearest
+from harness.record import Record
 from harness.report import Results
 from harness.store import write_atomic
 
@@ -90,8 +91,7 @@ def update_card(text: str, results: Results, settings: Settings, shipped: Mappin
     mark, text = ("\ufeff", text[1:]) if text.startswith("\ufeff") else ("", text)
     line_break = _line_break(text)
     front = _FrontMatter.read(text)
-    results = offered(results)
-    offer = Offer(results, _model_name(front.data, results, settings), shipped)
+    offer = Offer(results, _model_name(front.data, offered(results), settings), shipped)
     changed = []
     head = front.updated(_own_fields(front.data, offer, settings), line_break)
     if head != text[: front.end]:
@@ -353,10 +353,10 @@ def _is_ours(result: Any) -> bool:
     return isinstance(arguments, dict) and "prompt_set_id" in arguments
 
 
-def _model_name(data: Mapping[str, Any], results: Results, settings: Settings) -> str:
+def _model_name(data: Mapping[str, Any], measured: Sequence[Record], settings: Settings) -> str:
     """As given, else as the card's model-index says, else the reference's."""
     index = _checked_index(data.get("model-index"))
-    return settings.name or (index[0]["name"] if index else str(results.measured[0].data["reference"]["name"]))
+    return settings.name or (index[0]["name"] if index else str(measured[0].data["reference"]["name"]))
 
 
 def _dumped(name: str, value: Any, line_break: str) -> str:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing import get_all_start_methods, get_context, set_forkserver_preload
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from harness.depth_plots import plot_kld_distribution, plot_layers, plot_position, plot_types
+from harness.errors import EngineError
 from harness.pass_frames import layers_frame
 from harness.plot_frames import (
     MOST_QUANTS,
@@ -65,35 +68,68 @@ class Picture:
         self.figure.set_layout_engine(None)  # laid out once: the next format needs no second time
 
 
-def save_all(
-    drawn: Sequence[Picture], folder: Path, formats: Sequence[str], painters: Executor | None
-) -> Iterable[None]:
-    """Write each picture in each format into `folder`, atomically; in the processes of `painters`, if there are any:
-    then whoever goes through the result waits for them."""
-    save = partial(_save, folder=folder, formats=formats)
-    return painters.map(save, drawn) if painters else [save(one) for one in drawn]
-
-
 def _save(picture: Picture, folder: Path, formats: Sequence[str]) -> None:
     for kind in formats:
         write_atomic(folder / f"{picture.name}.{kind}", partial(picture.save, kind=kind))
 
 
+Draw = Callable[[Iterable[Picture]], list[Picture]]
+
+
 @contextmanager
-def painters(n_records: int) -> Iterator[Executor | None]:
-    """Two processes that draw the pictures of many records; None for few. They load their libraries while the records
-    are read."""
+def drawing(n_records: int, folder: Path, formats: Sequence[str]) -> Iterator[Draw]:
+    """A function that writes pictures into `folder`, each in each format, atomically, and returns them. With many
+    records it hands each picture to one of two processes, which load their libraries while the records are read;
+    leaving the context waits for them.
+
+    Raises EngineError when such a process dies.
+    """
+    save = partial(_save, folder=folder, formats=formats)
     if n_records < _MANY_RECORDS:
-        yield None
+
+        def draw_here(drawn: Iterable[Picture]) -> list[Picture]:
+            handed = list(drawn)
+            for one in handed:
+                save(one)
+            return handed
+
+        yield draw_here
         return
     name = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"  # there is none on Windows
     if name == "forkserver":
-        from multiprocessing.forkserver import ensure_running
+        _start_server()
+    try:
+        with ProcessPoolExecutor(2, get_context(name), _leave_interrupts) as pool:
+            begun: list[Future[None]] = []
 
-        set_forkserver_preload([__name__, "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"])
+            def draw(drawn: Iterable[Picture]) -> list[Picture]:
+                handed = []
+                for one in drawn:  # drawn may be a generator: the first is begun before the next has its figures
+                    begun.append(pool.submit(save, one))
+                    handed.append(one)
+                return handed
+
+            yield draw
+            for one in begun:
+                one.result()
+    except BrokenProcessPool as error:
+        raise EngineError("a process that draws died (the system may have run out of memory)") from error
+
+
+def _start_server() -> None:
+    """Start the process that others are forked from, deaf to Ctrl-C from its first moment."""
+    from multiprocessing.forkserver import ensure_running
+
+    modules = ("figure", "backends.backend_agg", "backends.backend_svg")
+    set_forkserver_preload([__name__, *(f"matplotlib.{module}" for module in modules)])
+    if current_thread() is not main_thread():  # only the main one may set handlers
         ensure_running()
-    with ProcessPoolExecutor(2, get_context(name), _leave_interrupts) as pool:
-        yield pool
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _leave_interrupts() -> None:
@@ -106,14 +142,14 @@ def pictures(results: Results, only: Collection[str] | None = None) -> list[Pict
     return [*pictures_of_files(results, only), *pictures_of_depth(results.measured, only)]
 
 
-def pictures_of_files(results: Results, only: Collection[str] | None = None) -> list[Picture]:
-    """Those of whole files."""
+def pictures_of_files(results: Results, only: Collection[str] | None = None) -> Iterator[Picture]:
+    """Those of whole files, each when its figures are made."""
     if not results.measured:
-        return []
+        return iter(())
     return _pictures({"tradeoff": _tradeoff, "kld": _kld, "delta": _delta, "speed": _speed}, results, only)
 
 
-def pictures_of_depth(measured: Sequence[Record], only: Collection[str] | None = None) -> list[Picture]:
+def pictures_of_depth(measured: Sequence[Record], only: Collection[str] | None = None) -> Iterator[Picture]:
     """Those of what is inside files and measurements; they need records alone."""
     makers = {"types": _types, "layers": _layers, "kld_distribution": _kld_distribution, "position": _position}
     return _pictures(makers, measured, only)
@@ -121,8 +157,8 @@ def pictures_of_depth(measured: Sequence[Record], only: Collection[str] | None =
 
 def _pictures(
     makers: Mapping[str, Callable[[Any], Iterator[Picture]]], figures: Any, only: Collection[str] | None
-) -> list[Picture]:
-    return [one for name, make in makers.items() if only is None or name in only for one in make(figures)]
+) -> Iterator[Picture]:
+    return (one for name, make in makers.items() if only is None or name in only for one in make(figures))
 
 
 def _title(measured: Sequence[Record]) -> str:

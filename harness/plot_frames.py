@@ -48,7 +48,10 @@ def kld_points(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _points(runs: pd.DataFrame) -> pd.DataFrame:
     """on_front: no other variant is as small and as good. from_mib, from_value: the standard file of the same quant."""
-    good = runs[(runs.status == "ok") & (runs["mode"] != "reference") & runs.value.notna()]
+    good = runs.loc[
+        (runs.status == "ok") & (runs["mode"] != "reference") & runs.value.notna(),
+        ["name", "quant", "mode", "file_bytes", "value", "low", "high"],
+    ]
     standard = {row["quant"]: row for row in good.to_dict("records") if row["mode"] == "standard"}
     rows = []
     for row in good.to_dict("records"):

@@ -1,6 +1,6 @@
 """What reports and cards need of a record, field by field. A record may be anybody's file. Pure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from harness.ggml_types import FILE_TYPES, GGML_TYPES
@@ -12,8 +12,8 @@ Check = Callable[[Any], bool]
 
 def record_flaw(data: dict[str, Any]) -> str | None:
     """What a table cannot use about a record; None when it is sound."""
-    for name, (check, words) in _FIELDS.items():
-        if not check(_field(data, name)):
+    for name, parts, check, words in _CHECKS:
+        if not check(_field(data, parts)):
             return f"{name} is no {words}"
     if (data["mode"] == "reference") != (data["quant"] == "reference"):
         return "quant, mode and policy do not fit together"
@@ -109,8 +109,8 @@ class _Absent:
     """Stands for a field that is not there, which None does not."""
 
 
-def _field(data: Any, dotted: str) -> Any:
-    for name in dotted.split("."):
+def _field(data: Any, parts: Sequence[str]) -> Any:
+    for name in parts:
         data = data.get(name, _Absent) if isinstance(data, dict) else _Absent
     return data
 
@@ -158,3 +158,4 @@ _FIELDS: dict[str, tuple[Check, str]] = {
     "calibration": (_or_absent(_is_calibration), "calibration"),
     "findings": (_is_findings, "list of whole findings"),
 }
+_CHECKS = [(name, name.split("."), *how) for name, how in _FIELDS.items()]

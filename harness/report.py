@@ -4,7 +4,6 @@ import json
 import math
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -16,12 +15,12 @@ import pandas as pd
 from harness import checks
 from harness.compare import difference
 from harness.cpu import features_text
-from harness.errors import EngineError, UserError
+from harness.errors import UserError
 from harness.formats import WIDTH, html_table, latex, markdown
 from harness.frames import attribution_frame, comparison_frame, in_order, measured_cases, percent_change, runs_frame
 from harness.page import page
 from harness.pass_frames import layers_frame, llama_bench, speed_frame
-from harness.passes import SpeedPass, read_speed
+from harness.passes import SpeedPass, Timing, read_speed
 from harness.record import Record, all_records, first_difference, newest, record_paths
 from harness.stats import MIN_BLOCKS, SMALLEST_P, Interval
 from harness.store import write_atomic, write_text
@@ -71,16 +70,54 @@ class Report:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that a report shows, as data frames; made from records alone."""
+    """What was read of one or several sweeps, and everything that a report shows of it, as data frames, each made when
+    first asked for. records: in the order of the tables; measured: those that succeeded; seen: what reading told."""
 
+    records: tuple[Record, ...]
     measured: tuple[Record, ...]
-    runs: pd.DataFrame
-    comparison: pd.DataFrame
-    attribution: pd.DataFrame
-    speed: pd.DataFrame
-    layers: pd.DataFrame
-    bench: list[dict[str, Any]]
-    findings: dict[str, list[dict[str, Any]]]
+    passes: tuple[SpeedPass, ...]
+    seen: tuple[checks.Finding, ...]
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """`runs_frame`."""
+        return runs_frame(self.records, self._timings)
+
+    @cached_property
+    def comparison(self) -> pd.DataFrame:
+        """`comparison_frame`."""
+        return comparison_frame(self.runs, self.measured)
+
+    @cached_property
+    def attribution(self) -> pd.DataFrame:
+        """`attribution_frame`."""
+        return attribution_frame(self.measured)
+
+    @cached_property
+    def speed(self) -> pd.DataFrame:
+        """`speed_frame`."""
+        return speed_frame(self.measured, self._timings)
+
+    @cached_property
+    def layers(self) -> pd.DataFrame:
+        """`layers_frame`."""
+        return layers_frame(self.measured)
+
+    @cached_property
+    def bench(self) -> list[dict[str, Any]]:
+        """`llama_bench`."""
+        return llama_bench(self.measured, self.passes)
+
+    @cached_property
+    def findings(self) -> dict[str, list[dict[str, Any]]]:
+        """`collect_findings`, and what reading and the timing passes tell of every case."""
+        found = collect_findings(self.runs, self.comparison, self.measured)
+        found["all"] += [one.to_json() for one in (*self.seen, *checks.speed_findings(self.passes, self.speed))]
+        return found
+
+    @cached_property
+    def _timings(self) -> dict[str, Timing]:
+        return {key: timing for one in self.passes for key, timing in one.cases.items()}
 
     @property
     def title(self) -> str:
@@ -110,7 +147,7 @@ class Results:
             tables["layers"] = layer_table(self.layers)
         return tables
 
-    @property
+    @cached_property
     def more_tables(self) -> dict[str, Table]:
         """The same figures in the columns of others, for `report`."""
         tables = {
@@ -121,17 +158,9 @@ class Results:
         return {name: table for name, table in tables.items() if table.rows}
 
 
-@dataclass(frozen=True)
-class Sweeps:
-    """What was read of one or several sweeps. records: in the order of the tables; measured: those that succeeded."""
-
-    records: tuple[Record, ...]
-    measured: tuple[Record, ...]
-    passes: tuple[SpeedPass, ...]
-    findings: tuple[checks.Finding, ...]
-
-
-def read_sweeps(folders: Sequence[Path], wanted: Collection[str] = (), allow_different: Collection[str] = ()) -> Sweeps:
+def load_results(
+    folders: Sequence[Path], wanted: Collection[str] = (), allow_different: Collection[str] = ()
+) -> Results:
     """All records of one or several sweeps. Of two records with one name the one whose key is `wanted` counts, else
     the newer.
 
@@ -153,39 +182,11 @@ def read_sweeps(folders: Sequence[Path], wanted: Collection[str] = (), allow_dif
         where = " and ".join(map(str, folders))
         raise UserError(f"{where} holds records that differ in {name} ({one} and {other}): they make no one table")
     passes = sorted((one for folder in folders for one in read_speed(folder)), key=lambda one: one.created_utc)
-    findings = (
+    seen = (
         *checks.mixed_findings([record.data for record in measured], allow_different),
         *checks.unreadable_findings(problems),
     )
-    return Sweeps(tuple(in_order(records)), tuple(measured), tuple(passes), findings)
-
-
-def results_of(sweeps: Sweeps) -> Results:
-    """The figures of what was read."""
-    measured = sweeps.measured
-    timings = {key: timing for one in sweeps.passes for key, timing in one.cases.items()}
-    runs = runs_frame(sweeps.records, timings)
-    comparison = comparison_frame(runs, measured)
-    speed = speed_frame(measured, timings)
-    findings = collect_findings(runs, comparison, measured)
-    findings["all"] += [one.to_json() for one in (*sweeps.findings, *checks.speed_findings(sweeps.passes, speed))]
-    return Results(
-        measured,
-        runs,
-        comparison,
-        attribution_frame(measured),
-        speed,
-        layers_frame(measured),
-        llama_bench(measured, sweeps.passes),
-        findings,
-    )
-
-
-def load_results(
-    folders: Sequence[Path], wanted: Collection[str] = (), allow_different: Collection[str] = ()
-) -> Results:
-    """`read_sweeps`, and the figures of it. Raises UserError as that does."""
-    return results_of(read_sweeps(folders, wanted, allow_different))
+    return Results(tuple(in_order(records)), tuple(measured), tuple(passes), seen)
 
 
 def write_report(folder: Path, wanted: Collection[str] = (), allow_different: Collection[str] = ()) -> Report:
@@ -213,28 +214,19 @@ def write_report(folder: Path, wanted: Collection[str] = (), allow_different: Co
 def write_full_report(folders: Sequence[Path], out: Path, allow_different: Collection[str] = ()) -> Report:
     """Every table in every format, the plots, and one page with all of it. For `python -m harness report`.
 
-    Without pyarrow there are no Parquet files, and the text says so. Raises UserError as `read_sweeps`, EngineError
+    Without pyarrow there are no Parquet files, and the text says so. Raises UserError as `load_results`, EngineError
     when a process that draws dies.
     """
-    from harness.pictures import painters, pictures_of_depth, pictures_of_files, save_all
+    from harness.pictures import drawing, pictures_of_depth, pictures_of_files
 
     n_records = sum(len(record_paths(folder)) for folder in folders)
     formats = ("png", "svg")
-    with painters(n_records) as drawing:  # while they draw, figures and tables are made here
-        sweeps = read_sweeps(folders, allow_different=allow_different)
-        of_depth = pictures_of_depth(sweeps.measured)
-        saved = [save_all(of_depth, out, formats, drawing)]
-        results = results_of(sweeps)
-        of_files = pictures_of_files(results)
-        saved += [save_all(of_files, out, formats, drawing)]
+    with drawing(n_records, out, formats) as draw:  # while others draw, figures and tables are made here
+        results = load_results(folders, allow_different=allow_different)
+        of_depth = draw(pictures_of_depth(results.measured))
+        drawn = draw(pictures_of_files(results)) + of_depth
         written = _Written(out)
         text = _write_tables(results, written)
-        try:
-            for one in saved:
-                list(one)
-        except BrokenProcessPool as error:
-            raise EngineError("a process that draws died (the system may have run out of memory)") from error
-    drawn = [*of_files, *of_depth]
     written.paths += [out / f"{picture.name}.{kind}" for picture in drawn for kind in formats]
     captions = {out / f"{picture.name}.png": picture.caption for picture in drawn}
     tables = [*results.tables.values(), *results.more_tables.values()]

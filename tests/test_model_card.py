@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from harness import card_blocks, model_card
 from harness.card import read_tables
-from harness.card_blocks import BLOCKS, Offer, file_name, md, offered, tensor_types
+from harness.card_blocks import BLOCKS, Offer, file_name, md, tensor_types
 from harness.errors import UserError
 from harness.model_card import Settings, find_blocks, new_card, update_card
 from harness.passes import SpeedPass, Timing, write_speed
@@ -383,7 +383,7 @@ def test_a_failed_write_leaves_the_card(
 
 
 def block(name: str, of: Results | None = None) -> str:
-    return BLOCKS[name](Offer(offered(of or results()), "tiny", {"prompts": ["wiki_sample"]}))
+    return BLOCKS[name](Offer(of or results(), "tiny", {"prompts": ["wiki_sample"]}))
 
 
 def cells(text: str) -> list[list[str]]:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from tiny_model import write_tiny_llama
 
-from harness.card_blocks import BLOCKS, Offer, offered
+from harness.card_blocks import BLOCKS, Offer
 from harness.compose import compose
 from harness.config import Config, QuantConfig, check
 from harness.engine.gguf_file import read_header
@@ -350,7 +350,7 @@ def test_records_without_a_mixture_are_plain_types() -> None:
     results = load_results([COMMITTED])
     runs = results.runs.set_index("name")
     assert runs.mixture["iq1_m-standard"] == "IQ1_M" and runs.pure["iq1_m-standard"] is None
-    offer = Offer(offered(results), "Qwen", {"quant": ["iq1_s"]})
+    offer = Offer(results, "Qwen", {"quant": ["iq1_s"]})
     assert "IQ1_M DynamicGate" in BLOCKS["formats"](offer)
     assert "Unlike" not in BLOCKS["files"](offer)
     # a preset that has taken a name since then is not what these were
