@@ -171,7 +171,7 @@ def derive_f16(source: Path, target: Path, *, n_threads: int) -> None:
 
 def tensor_sha256(source: Path, *, n_threads: int) -> dict[str, str]:
     """sha256 of the data of every tensor of a GGUF, by name."""
-    from harness.engine.variant_file import source_tensors
+    from harness.engine.gguf_file import source_tensors
 
     tensors = source_tensors(source)
     with ThreadPoolExecutor(n_threads) as threads:

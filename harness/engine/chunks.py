@@ -8,8 +8,8 @@ from concurrent.futures import Executor, wait
 
 import numpy as np
 
+from harness.engine.gguf_file import SourceTensor
 from harness.engine.native import ggml
-from harness.engine.variant_file import SourceTensor
 from harness.errors import EngineError
 from harness.ggml_types import ABORTS_WITHOUT_IMATRIX, GGML_TYPES, tensor_bytes
 

@@ -3,6 +3,9 @@
 import ctypes
 import math
 from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,15 @@ _STRING, _ARRAY = 8, 9
 _MAX_ARRAY = 4096  # per-layer arrays are short; vocabularies are long and not needed here
 _MAX_STRINGS = 16
 _EXPONENTS = {"f16": ("<u2", 0x7C00), "bf16": ("<u2", 0x7F80), "f32": ("<u4", 0x7F800000)}
-_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+
+
+@dataclass(frozen=True)
+class SourceTensor(TensorInfo):
+    """A tensor, and where its data lie: `n_bytes` from `offset` of `path`."""
+
+    path: Path
+    offset: int
 
 
 def read_header(path: Path) -> GgufInfo:
@@ -46,12 +57,11 @@ def read_header(path: Path) -> GgufInfo:
     file_bytes = 0
     parts = split_parts(path)
     for part in parts:
-        gguf, tensor_context = open_gguf(part)
-        try:
+        with open_gguf(part) as (gguf, tensor_context):
             if part is parts[0]:
                 metadata = _metadata(gguf)
                 ggml.gguf_set_kv(merged, gguf)
-            tensors += _tensors(gguf)
+            tensors += [TensorInfo(one.name, one.shape, one.type, one.n_bytes) for one in tensors_of(part, gguf)]
             if len({tensor.name for tensor in tensors}) < len(tensors):  # ggml would abort
                 raise UserError(
                     f"{path}: two parts hold a tensor of one name, they are not of one model: fetch it again"
@@ -60,15 +70,12 @@ def read_header(path: Path) -> GgufInfo:
                 tensor = ggml.ggml_get_tensor(tensor_context, ggml.gguf_get_tensor_name(gguf, i))
                 ggml.gguf_add_tensor(merged, tensor)
             file_bytes += part.stat().st_size
-        finally:
-            ggml.gguf_free(gguf)
-            ggml.ggml_free(tensor_context)
     if not tensors:
         raise UserError(f"{path}: this GGUF holds no tensors: give a model, not a vocabulary")
     # llama_model_quantize sets these two and drops the split keys; every other key is copied.
     for key in ("general.quantization_version", "general.file_type"):
         ggml.gguf_set_val_u32(merged, key.encode(), 0)
-    for key in _SPLIT_KEYS:
+    for key in SPLIT_KEYS:
         ggml.gguf_remove_key(merged, key.encode())
     header_bytes, provenance_bytes = _unpadded_bytes(merged), {}
     left = header_bytes
@@ -90,29 +97,26 @@ def read_header(path: Path) -> GgufInfo:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata of one file, without its long arrays. Raises UserError as `read_header`."""
-    gguf, tensor_context = open_gguf(path)
-    try:
+    with open_gguf(path) as (gguf, _):
         return _metadata(gguf)
-    finally:
-        ggml.gguf_free(gguf)
-        ggml.ggml_free(tensor_context)
+
+
+def source_tensors(path: Path) -> list[SourceTensor]:
+    """Every tensor of a GGUF, of all its parts. Raises UserError as `read_header`."""
+    found: list[SourceTensor] = []
+    for part in split_parts(path):
+        with open_gguf(part) as (gguf, _):
+            found += tensors_of(part, gguf)
+    return found
 
 
 def read_float_tensors(path: Path) -> dict[str, np.ndarray]:
     """The F32 tensors of one file by name, float32 in numpy's order of extents. Raises UserError as `read_header`."""
-    gguf, tensor_context = open_gguf(path)
-    try:
-        found = {}
-        data_offset = ggml.gguf_get_data_offset(gguf)
-        for i, tensor in enumerate(_tensors(gguf)):
-            if tensor.type == "f32":
-                offset = data_offset + ggml.gguf_get_tensor_offset(gguf, i)
-                values = np.fromfile(path, "<f4", tensor.n_weights, offset=offset)
-                found[tensor.name] = values.reshape(tensor.shape[::-1])
-        return found
-    finally:
-        ggml.gguf_free(gguf)
-        ggml.ggml_free(tensor_context)
+    with open_gguf(path) as (gguf, _):
+        tensors = [tensor for tensor in tensors_of(path, gguf) if tensor.type == "f32"]
+    return {
+        one.name: np.fromfile(path, "<f4", one.n_weights, offset=one.offset).reshape(one.shape[::-1]) for one in tensors
+    }
 
 
 def broken_tensor(path: Path) -> str | None:
@@ -120,28 +124,17 @@ def broken_tensor(path: Path) -> str | None:
 
     Raises UserError as `read_header`. The file is read once, a few MB at a time.
     """
-    for part in split_parts(path):
-        gguf, tensor_context = open_gguf(part)
-        try:
-            data_offset = ggml.gguf_get_data_offset(gguf)
-            starts = [data_offset + ggml.gguf_get_tensor_offset(gguf, i) for i in range(ggml.gguf_get_n_tensors(gguf))]
-            tensors = _tensors(gguf)
-        finally:
-            ggml.gguf_free(gguf)
-            ggml.ggml_free(tensor_context)
-        for start, tensor in zip(starts, tensors, strict=True):
-            if tensor.type in _EXPONENTS and not _is_finite(part, start, tensor):
-                return tensor.name
-    return None
+    tensors = (one for one in source_tensors(path) if one.type in _EXPONENTS)
+    return next((one.name for one in tensors if not _is_finite(one)), None)
 
 
-def _is_finite(path: Path, start: int, tensor: TensorInfo) -> bool:
+def _is_finite(tensor: SourceTensor) -> bool:
     """A float is no finite number where all bits of its exponent are set (IEEE 754; bfloat16 likewise)."""
     word, exponent = _EXPONENTS[tensor.type]
     step = 1 << 22
     for first in range(0, tensor.n_weights, step):
         count = min(step, tensor.n_weights - first)
-        words = np.fromfile(path, word, count, offset=start + first * np.dtype(word).itemsize)
+        words = np.fromfile(tensor.path, word, count, offset=tensor.offset + first * np.dtype(word).itemsize)
         if (words & exponent == exponent).any():
             return False
     return True
@@ -161,9 +154,10 @@ def _unpadded_bytes(gguf: int) -> int:
     return least - kv_bytes(probe, "x" * (n - 1))
 
 
-def open_gguf(path: Path) -> tuple[int, int]:
-    """ggml's view of a file's header, and the context that has a descriptor of each tensor: both to be freed. Raises
-    UserError as `read_header`."""
+@contextmanager
+def open_gguf(path: Path) -> Iterator[tuple[int, int]]:
+    """ggml's view of a file's header, and the context that has a descriptor of each tensor; both are freed at the end.
+    Raises UserError as `read_header`."""
     check_gguf(path)
     context = ctypes.c_void_p()
     # `ctx` of the parameters points to where ggml stores its context; the descriptors of the tensors live there.
@@ -171,7 +165,11 @@ def open_gguf(path: Path) -> tuple[int, int]:
     gguf = ggml.gguf_init_from_file(str(path).encode(), parameters)
     if not gguf:
         raise UserError(f"{path}: ggml cannot read this GGUF header, the file is damaged or truncated: fetch it again")
-    return gguf, context.value or 0
+    try:
+        yield gguf, context.value or 0
+    finally:
+        ggml.gguf_free(gguf)
+        ggml.ggml_free(context.value or 0)
 
 
 def _metadata(gguf: int) -> dict[str, Any]:
@@ -202,13 +200,15 @@ def _finite(value: Any) -> Any:
     return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
-def _tensors(gguf: int) -> list[TensorInfo]:
-    tensors = []
+def tensors_of(path: Path, gguf: int) -> list[SourceTensor]:
+    """The tensors of an open file."""
+    found, data_offset = [], ggml.gguf_get_data_offset(gguf)
     for i in range(ggml.gguf_get_n_tensors(gguf)):
         extents = list(ggml.gguf_get_tensor_ne(gguf, i)[0:4])
         while len(extents) > 1 and extents[-1] == 1:
             extents.pop()
         type_name = ggml.ggml_type_name(ggml.gguf_get_tensor_type(gguf, i)).decode().lower()
-        name, size = ggml.gguf_get_tensor_name(gguf, i).decode(), ggml.gguf_get_tensor_size(gguf, i)
-        tensors.append(TensorInfo(name, tuple(extents), type_name, size))
-    return tensors
+        offset, n_bytes = data_offset + ggml.gguf_get_tensor_offset(gguf, i), ggml.gguf_get_tensor_size(gguf, i)
+        name = ggml.gguf_get_tensor_name(gguf, i).decode()
+        found.append(SourceTensor(name, tuple(extents), type_name, n_bytes, path, offset))
+    return found
