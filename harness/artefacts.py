@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.calibration import Calibration, require_coverage
+from harness.errors import EngineError
 from harness.imatrix import load_imatrix, make_imatrix
 from harness.isolate import run_in_child
 from harness.measure import Scores, score
@@ -14,7 +15,7 @@ from harness.progress import ProgressDisplay
 from harness.prompts import Windows
 from harness.quantize import make_variant, tensor_sha256, weights_sha256
 from harness.sweep import Case, Sweep
-from harness.tensor_cache import HASHES, KIND
+from harness.tensor_cache import HASHES, KIND, Hashes
 
 
 @dataclass(frozen=True)
@@ -74,24 +75,25 @@ def ensure_variant(sweep: Sweep, case: Case, display: ProgressDisplay) -> dict[s
     if not sweep.cache.holds(path):
         estimate = sweep.steps(case).get("quantizing", 0.0)
         with display.step(f"{case.name}: quantizing", estimate) as on_progress:
-            keys = _tensor_keys(sweep, case)
-            sweep.cache.make(
-                "variants",
-                path.stem,
-                ".gguf",
-                lambda target: run_in_child(
+            hashes = _hashes(sweep)
+
+            def make(target: Path) -> dict[str, Any]:
+                made: dict[str, Any] = run_in_child(
                     make_variant,
                     sweep.reference.path,
                     target,
                     case.plan,
                     sweep.imatrix_path,
                     n_threads=sweep.n_threads,
-                    kept=sweep.tensor_cache if keys else None,
-                    keys=keys,
+                    kept=sweep.tensor_cache if hashes else None,
+                    hashes=hashes,
                     log_path=sweep.log_path(case),
                     on_progress=on_progress,
-                ),
-            )
+                )
+                require_unchanged(sweep)
+                return made
+
+            sweep.cache.make("variants", path.stem, ".gguf", make)
         damaged = sweep.cache.facts(path).get("n_tensors_damaged")
         if damaged:
             display.say(f"warning: {damaged} tensors in {sweep.cache.folder / KIND} were damaged and quantized again")
@@ -99,10 +101,22 @@ def ensure_variant(sweep: Sweep, case: Case, display: ProgressDisplay) -> dict[s
     return facts
 
 
-def _tensor_keys(sweep: Sweep, case: Case) -> dict[str, str]:
-    """By name, what the tensors of a case are kept under; none when tensors are not kept."""
+def require_unchanged(sweep: Sweep) -> None:
+    """Raises EngineError when somebody changed the model or a given imatrix since the sweep resolved it."""
+    calibration = sweep.calibration
+    if not sweep.reference.is_unchanged(sweep.cache):
+        changed = sweep.reference.path
+    elif calibration and calibration.file and sweep.cache.sha256(calibration.file) != calibration.id:
+        changed = calibration.file
+    else:
+        return
+    raise EngineError(f"{changed} was changed while the sweep ran: what was made of it does not count")
+
+
+def _hashes(sweep: Sweep) -> Hashes | None:
+    """What the tensors are made of; None when they are not kept."""
     if not sweep.tensor_cache.limit_bytes:
-        return {}
+        return None
     if sweep.hashes is None:
         log_path = sweep.cache.path("logs", "hashes", ".log")
         _ensure_hashes(
@@ -114,11 +128,10 @@ def _tensor_keys(sweep: Sweep, case: Case) -> dict[str, str]:
             _ensure_hashes(
                 sweep, sweep.cache.sha256(path), lambda: run_in_child(weights_sha256, path, log_path=log_path)
             )
-    hashes = sweep.hashes
-    return hashes.keys(case.plan.tensors) if hashes else {}
+    return sweep.hashes
 
 
-def _ensure_hashes(sweep: Sweep, of: str, make: Callable[[], dict[str, str]]) -> None:
+def _ensure_hashes(sweep: Sweep, of: str, make: Callable[[], Mapping[str, str | None]]) -> None:
     with sweep.cache.lock(sweep.cache.path(HASHES, of, ".json")):
         sweep.cache.json(HASHES, of, make)
 

@@ -1,14 +1,28 @@
 """The build of llama.cpp in use: what it says of itself, and which of its CPU features reports name."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError, nearest
+from harness.ggml_types import PINNED_VERSION
 from harness.isolate import run_in_child
 from harness.store import Cache
 
 _VECTOR_LEVELS = ("AVX512", "AVX2", "AVX", "SSE3", "SVE", "NEON", "RISCV_V", "VSX", "VXE", "WASM_SIMD")
 _LARGEST_N = 100  # features that a report names; a record may be anybody's file
+
+
+def ggml_base_path() -> Path:
+    """The library whose code quantizes. llama_cpp is not loaded for it. Raises UserError when it is not there."""
+    package = find_spec("llama_cpp")
+    folder = Path(package.origin).parent / "lib" if package and package.origin else Path("llama_cpp") / "lib"
+    names = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll")
+    for path in (folder / name for name in names):
+        if path.exists():
+            return path
+    raise UserError(f"llama-cpp-python has no libggml-base in {folder}: reinstall llama-cpp-python=={PINNED_VERSION}")
 
 
 def engine_facts(cache: Cache) -> dict[str, str]:

@@ -1,12 +1,10 @@
 """Plan -> GGUF file, read back and compared with the plan. Runs in a child process."""
 
-import hashlib
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +16,10 @@ from harness.imatrix import read_imatrix
 from harness.plan import Plan, TensorPlan
 from harness.provenance import IMATRIX_ENTRIES
 from harness.store import sha256_file
-from harness.tensor_cache import TensorCache
+from harness.tensor_cache import Hashes, TensorCache, sha256_of_weights
 
 if TYPE_CHECKING:
+    from harness.engine.gguf_file import SourceTensor
     from harness.engine.variant_file import Layout
 
 _HELD_COST = 0.02  # of a tensor that is only read back, against making it
@@ -34,16 +33,17 @@ def make_variant(
     *,
     n_threads: int,
     kept: TensorCache | None = None,
-    keys: Mapping[str, str] = MappingProxyType({}),
+    hashes: Hashes | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Write the file that the plan describes: byte for byte what llama_model_quantize makes of the same types.
 
-    keys: by tensor, what it is kept under in `kept`. Returns {"quantize_s": seconds, and numbers of tensors:
-    "n_tensors_quantized", "n_tensors_reused", "n_tensors_damaged": those whose entry was damaged}.
+    hashes: what tensors are made of; those that are worth it are kept in `kept` under that. Returns {"quantize_s":
+    seconds, and numbers of tensors: "n_tensors_quantized", "n_tensors_reused", "n_tensors_damaged": those whose entry
+    was damaged}.
 
-    Raises EngineError when ggml refuses the data or the written file is not the planned one, OSError when there is no
-    room for it.
+    Raises EngineError when ggml refuses the data, source or imatrix is not what the hashes tell, or the written file is
+    not the planned one; OSError when there is no room for it.
     """
     from harness.engine.gguf_file import read_header
     from harness.engine.variant_file import plan_layout
@@ -57,7 +57,7 @@ def make_variant(
     layout = plan_layout(source, {t.name: t.type for t in plan.tensors}, plan.file_type, metadata)
     with kept.lock() if kept else nullcontext():  # waiting for another sweep takes no seconds of quantizing
         begin = time.perf_counter()
-        counts = _write(target, plan, layout, weights, kept, keys, n_threads, on_progress)
+        counts = _write(target, plan, layout, weights, kept, hashes, n_threads, on_progress)
         quantize_s = time.perf_counter() - begin
     try:
         written = read_header(target)
@@ -81,7 +81,7 @@ def _write(
     layout: "Layout",
     weights: Mapping[str, np.ndarray],
     kept: TensorCache | None,
-    keys: Mapping[str, str],
+    hashes: Hashes | None,
     n_threads: int,
     on_progress: Callable[[float], None] | None,
 ) -> dict[str, int]:
@@ -89,6 +89,7 @@ def _write(
     from harness.engine.chunks import copied, quantized
 
     plans = {t.name: t for t in plan.tensors}
+    keys = hashes.keys(plan.tensors) if kept and hashes else {}
     n_quantized = n_reused = n_damaged = 0
     held: set[str] = set()
     fitting: set[str] = set()
@@ -108,7 +109,7 @@ def _write(
                 n_damaged += 1
                 file.seek(offset)
             if tensor.type == planned.type:
-                blocks = copied(tensor)
+                columns, blocks = None, copied(tensor)
             else:
                 columns = _columns(planned, weights, plan)
                 blocks = quantized(tensor, planned.type, columns, threads)
@@ -121,14 +122,22 @@ def _write(
                     raise OSError(error.errno, error.strerror, str(target)) from error
                 advance(planned, block.size)
 
-            if kept and key in held | fitting:
-                kept.keep(key, blocks, emit)
+            if kept and hashes and key in held | fitting:
+                kept.keep(key, _vouched(blocks, tensor, columns, hashes), emit)
                 held.add(key)  # for another tensor of the same content
             else:
                 for block in blocks:
                     emit(block)
         file.write(bytes(-file.tell() % GGUF_ALIGNMENT))
     return {"n_tensors_quantized": n_quantized, "n_tensors_reused": n_reused, "n_tensors_damaged": n_damaged}
+
+
+def _vouched(
+    blocks: Iterable[np.ndarray], tensor: "SourceTensor", columns: np.ndarray | None, hashes: Hashes
+) -> Iterator[np.ndarray]:
+    """The blocks; after the last of them raises EngineError unless they were made of what the hashes tell."""
+    yield from blocks
+    hashes.require_unchanged(tensor.name, sha256_file(tensor.path, tensor.offset, tensor.n_bytes), columns)
 
 
 def _columns(tensor: TensorPlan, weights: Mapping[str, np.ndarray], plan: Plan) -> np.ndarray | None:
@@ -179,7 +188,6 @@ def tensor_sha256(source: Path, *, n_threads: int) -> dict[str, str]:
         return {tensor.name: digest for tensor, digest in zip(tensors, found, strict=True)}
 
 
-def weights_sha256(imatrix: Path) -> dict[str, str]:
+def weights_sha256(imatrix: Path) -> dict[str, str | None]:
     """sha256 of the float32 weights that an imatrix has for a tensor, by name. Raises UserError as `read_imatrix`."""
-    weights = read_imatrix(imatrix).weights
-    return {name: hashlib.sha256(values.astype("<f4").tobytes()).hexdigest() for name, values in weights.items()}
+    return {name: sha256_of_weights(values) for name, values in read_imatrix(imatrix).weights.items()}

@@ -36,6 +36,14 @@ class Reference:
         """Tokens in the vocabulary: rows of the embeddings."""
         return next((t.shape[1] for t in self.info.tensors if t.name == "token_embd.weight"), 0)
 
+    def is_unchanged(self, cache: Cache) -> bool:
+        """Whether the file is still the one that was resolved. Quick when nobody touched it."""
+        try:
+            same = source_sha256(self.path, cache) == self.id if self.derived_from is None else cache.holds(self.path)
+        except (OSError, UserError):
+            return False
+        return same
+
     def describe(self) -> dict[str, Any]:
         """For the record."""
         return {

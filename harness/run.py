@@ -6,7 +6,14 @@ from typing import Any
 import numpy as np
 
 from harness import metrics, plan_checks
-from harness.artefacts import Coverage, ensure_imatrix, ensure_probabilities, ensure_variant, score_case
+from harness.artefacts import (
+    Coverage,
+    ensure_imatrix,
+    ensure_probabilities,
+    ensure_variant,
+    require_unchanged,
+    score_case,
+)
 from harness.cpu import chosen_features, cpu_features, engine_facts
 from harness.errors import EngineError, some
 from harness.layers import measure_layers
@@ -94,6 +101,7 @@ def _measure(sweep: Sweep, case: Case, display: ProgressDisplay) -> tuple[dict[s
     made = ensure_variant(sweep, case, display) or {}
     with display.step(f"{case.name}: scoring", sweep.score_s(case)) as on_progress:
         scores = score_case(sweep, case, sweep.windows_folder(case), on_progress)
+    require_unchanged(sweep)
     timings = {
         "quantize_s": made.get("quantize_s"),
         "load_s": scores.load_s,

@@ -11,7 +11,7 @@ from typing import Any
 from harness import cost, metrics, sources
 from harness.calibration import Calibration, calibration_file, require_coverage, resolve_calibration
 from harness.config import Config, check, model_label, results_name
-from harness.cpu import chosen_features, cpu_features, engine_facts
+from harness.cpu import chosen_features, cpu_features, engine_facts, ggml_base_path
 from harness.errors import EngineError, UserError
 from harness.ggml_types import PINNED_VERSION, UNQUANTIZED
 from harness.imatrix import load_imatrix
@@ -206,7 +206,7 @@ class Sweep:
             weights = self.cache.known_json(HASHES, self.cache.sha256(path)) if path.is_file() else None
         if source is None or weights is None:
             return None
-        return Hashes(self.source_types, source, weights, self.engine_version)
+        return Hashes(self.source_types, source, weights, self.cache.sha256(ggml_base_path()))
 
     @cached_property
     def tensor_cache(self) -> TensorCache:

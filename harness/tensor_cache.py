@@ -5,22 +5,25 @@ damage is found. What was not used for longest goes first when room is needed; t
 mtime.
 """
 
+import errno
 import hashlib
 import os
-import platform
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from harness.cost import quantizes_fast
+from harness.errors import EngineError
 from harness.plan import TensorPlan
 from harness.store import Cache, key_of, write_atomic
 
 KIND = "tensors"
 HASHES = "tensor_sha256"  # kind of the cache: what tensors and imatrix weights hash to
-VERSION = 2  # of the key and of the file's form
+VERSION = 3  # of the key and of the file's form
 _DIGEST_BYTES = 32
 _BLOCK_BYTES = 1 << 22
 
@@ -32,23 +35,33 @@ def is_kept(tensor: TensorPlan, source_type: str) -> bool:
 
 @dataclass(frozen=True)
 class Hashes:
-    """What quantized tensors are made of: by name, type and sha256 of the source, and sha256 of the imatrix weights."""
+    """What quantized tensors are made of: by name, type and sha256 of the source, and sha256 of the imatrix weights;
+    and by what: sha256 of libggml-base, whose code quantizes whatever the CPU."""
 
     source_types: Mapping[str, str]
     source_sha256: Mapping[str, str]
     weights_sha256: Mapping[str, str]
-    engine_version: str
+    quantizer_sha256: str
 
     def keys(self, tensors: Iterable[TensorPlan]) -> dict[str, str]:
         """Key by name, for each of the tensors that is kept."""
         return {t.name: self._key(t) for t in tensors if t.quantizable and is_kept(t, self.source_types[t.name])}
 
+    def require_unchanged(self, name: str, data_sha256: str, weights: np.ndarray | None) -> None:
+        """Raises EngineError when a tensor was made of other data, or other imatrix weights, than the key tells."""
+        if data_sha256 != self.source_sha256[name] or sha256_of_weights(weights) != self.weights_sha256.get(name):
+            raise EngineError(f"{name}: the model or its imatrix was changed while the sweep ran: run it again")
+
     def _key(self, tensor: TensorPlan) -> str:
-        """Of everything that moves a byte. Not the CPU's features: ggml quantizes with code that is compiled without
-        (libggml-base); but compilers for another kind of machine may round otherwise."""
+        """Of everything that moves a byte."""
         name = tensor.name
         made_of = (self.source_types[name], self.source_sha256[name], tensor.shape, self.weights_sha256.get(name))
-        return key_of("tensor", VERSION, *made_of, tensor.type, self.engine_version, platform.machine())
+        return key_of("tensor", VERSION, *made_of, tensor.type, self.quantizer_sha256)
+
+
+def sha256_of_weights(weights: np.ndarray | None) -> str | None:
+    """sha256 of imatrix weights as float32; None for none."""
+    return None if weights is None else hashlib.sha256(np.ascontiguousarray(weights, "<f4").tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -119,7 +132,8 @@ class TensorCache:
         found = entries(self.cache)
         mine = [entry for entry in found if entry.key in wanted]
         for entry in mine:
-            os.utime(entry.path)
+            with suppress(PermissionError):  # another user's: it only looks less used than it is
+                os.utime(entry.path)
         total, of_mine = sum(entry.n_bytes for entry in found), sum(entry.n_bytes for entry in mine)
         missing = {key: n_bytes + _DIGEST_BYTES for key, n_bytes in wanted.items()}
         for entry in mine:
@@ -161,20 +175,33 @@ class TensorCache:
         return False
 
     def keep(self, key: str, blocks: Iterable[Any], emit: Callable[[Any], None]) -> None:
-        """Make an entry of the blocks (anything that is bytes), and hand each of them on to `emit`. Under the lock."""
+        """Make an entry of the blocks (anything that is bytes), and hand each of them on to `emit`. Without room for
+        the entry there is none. Under the lock."""
+        refusals: list[OSError] = []  # the entry's; those of `emit` are the caller's
 
         def write(temporary: Path) -> None:
             digest = hashlib.sha256(key.encode())
-            with temporary.open("wb") as file:
+            with temporary.open("wb", buffering=0) as file:  # blocks are large, and a refusal shows at once
                 file.write(bytes(_DIGEST_BYTES))
                 for block in blocks:
                     digest.update(block)
-                    file.write(block)
+                    if not refusals:
+                        try:
+                            if file.write(block) != memoryview(block).nbytes:
+                                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                        except OSError as error:
+                            refusals.append(error)
                     emit(block)
+                if refusals:
+                    raise refusals[0]
                 file.seek(0)
                 file.write(digest.digest())
 
-        write_atomic(self.path(key), write, durable=False)  # a torn entry is found when it is read
+        try:
+            write_atomic(self.path(key), write, durable=False)  # a torn entry is found when it is read
+        except OSError as error:
+            if not refusals or error.__cause__ is not refusals[0]:
+                raise
 
     def growth_bytes(self, new: Iterable[int]) -> int:
         """Disk that new entries will take beside those that are there, at most. new: data bytes of each."""

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from faults import Fault, World, can_mount, contents, mounted, require_said, require_table, table
@@ -559,3 +560,31 @@ FAULTS = [
     *(*CASE_FAULTS, *DISK_FAULTS, *LOST_FAULTS, RESULTS_DELETED),
     *(*REFERENCE_FAULTS, *TIMING_FAULTS, *MENDED_FAULTS),
 ]
+
+
+def scaled_down(model: Path) -> None:
+    """Another model of the same size and header: one matrix of it is zero."""
+    tensor = next(one for one in gguf.GGUFReader(model).tensors if one.name == "blk.0.ffn_down.weight")
+    with model.open("r+b") as file:
+        file.seek(tensor.data_offset)
+        file.write(bytes(tensor.n_bytes))
+
+
+@pytest.mark.parametrize("how", [quantizing, scoring], ids=["quantizing", "scoring"])
+def test_a_model_replaced_in_mid_run_is_told_and_poisons_nothing(how: Any, world: World) -> None:
+    truth = world.sweep("results.name=truth", f"runtime.cache_dir={world.folder / 'other'}")
+    assert truth[0] == 0, truth[2]
+    whole = world.model.read_bytes()
+    how(partial(scaled_down, world.model))(world)
+    code, _, err = world.sweep()
+    assert code == 1 and "was changed while the sweep ran" in err and err.count("\n") == 1
+    world.monkeypatch.undo()
+    world.model.write_bytes(whole)
+    assert world.sweep()[0] == 0
+    records = [
+        {record.name: record for record in read_records(world.folder / "results" / name)} for name in ("tiny", "truth")
+    ]
+    for name, record in records[1].items():
+        assert np.array_equal(records[0][name].per_token()["nll"], record.per_token()["nll"])
+        if (mine := records[0][name].data["quantizing"]) and name == "q4_0-standard":
+            assert mine["n_tensors_damaged"] == 0

@@ -3,7 +3,8 @@
 import io
 import os
 import re
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from test_quantize import dense, imatrix_of, matrices, plan_of  # noqa: F401  # 
 
 from harness.cache_view import cache_text, parse_size
 from harness.compose import compose
-from harness.errors import UserError
+from harness.errors import EngineError, UserError
 from harness.plan import TensorPlan
 from harness.quantize import make_variant, tensor_sha256, weights_sha256
 from harness.record import Record, read_records
@@ -193,6 +194,28 @@ def test_prune_leaves_the_most_recently_used(kept: TensorCache) -> None:
     assert entries(kept.cache) == []
 
 
+@pytest.fixture
+def no_large_files() -> Iterator[None]:
+    """A file may grow to 1,000 bytes, as on a disk that is nearly full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_without_room_for_an_entry_the_data_are_handed_on(kept: TensorCache, no_large_files: None) -> None:
+    data = bytes(range(250)) * 20
+    assert put(kept, "large", data) == data and entries(kept.cache) == []
+    assert put(kept, "small", data[:900]) == data[:900] and got(kept, "small", 900) == data[:900]
+
+    def refuse(block: bytes) -> None:
+        raise OSError("of the file beside the entry")
+
+    with pytest.raises(OSError, match="beside the entry"):
+        kept.keep("other", [data[:10]], refuse)
+    assert not list(kept.cache.folder.rglob("*.tmp"))
+
+
 # --- keys
 
 
@@ -201,7 +224,7 @@ def tensor(name: str, type_name: str, shape: tuple[int, ...] = (256, 512)) -> Te
 
 
 def test_a_key_is_of_everything_that_moves_a_byte() -> None:
-    base = Hashes({"w": "f16", "v": "f16"}, {"w": "1" * 64, "v": "1" * 64}, {"w": "2" * 64, "v": "2" * 64}, "0.3.36")
+    base = Hashes({"w": "f16", "v": "f16"}, {"w": "1" * 64, "v": "1" * 64}, {"w": "2" * 64, "v": "2" * 64}, "4" * 64)
     of = base.keys([tensor("w", "q4_k")])["w"]
     assert base.keys([tensor("v", "q4_k")])["v"] == of, "not of the name"
     others = [
@@ -211,13 +234,13 @@ def test_a_key_is_of_everything_that_moves_a_byte() -> None:
         replace(base, source_sha256={"w": "3" * 64}).keys([tensor("w", "q4_k")])["w"],
         replace(base, weights_sha256={"w": "3" * 64}).keys([tensor("w", "q4_k")])["w"],
         replace(base, weights_sha256={}).keys([tensor("w", "q4_k")])["w"],
-        replace(base, engine_version="0.3.37").keys([tensor("w", "q4_k")])["w"],
+        replace(base, quantizer_sha256="5" * 64).keys([tensor("w", "q4_k")])["w"],
     ]
     assert len({of, *others}) == 8
 
 
 def test_types_that_are_made_as_fast_as_they_are_read_are_not_kept() -> None:
-    hashes = Hashes({"w": "f16"}, {"w": "1" * 64}, {}, "0.3.36")
+    hashes = Hashes({"w": "f16"}, {"w": "1" * 64}, {}, "4" * 64)
     for type_name in ("f16", "f32", "bf16", "q8_0"):
         assert hashes.keys([tensor("w", type_name)]) == {}
     assert hashes.keys([replace(tensor("w", "q4_k"), quantizable=False)]) == {}
@@ -244,19 +267,19 @@ def hashes_of(model: Path) -> Hashes:
     from harness.engine.gguf_file import read_header
 
     types = {t.name: t.type for t in read_header(model).tensors}
-    return Hashes(types, tensor_sha256(model, n_threads=1), {}, "0.3.36")
+    return Hashes(types, tensor_sha256(model, n_threads=1), {}, "4" * 64)
 
 
 def test_a_file_of_entries_is_the_same_file(dense: Path, tmp_path: Path) -> None:  # noqa: F811
     kept = TensorCache(Cache(tmp_path / "cache"), 10**9)
     names = matrices(dense)
     plan = plan_of(dense, {**dict.fromkeys(names, "q4_k"), "output.weight": "q8_0"})
-    keys = hashes_of(dense).keys(plan.tensors)
+    hashes = hashes_of(dense)
     make_variant(dense, tmp_path / "plain.gguf", plan, None, n_threads=1)
     truth = (tmp_path / "plain.gguf").read_bytes()
 
     def counts(given: TensorCache | None = kept) -> tuple[int, ...]:
-        made = make_variant(dense, tmp_path / "out.gguf", plan, None, n_threads=2, kept=given, keys=keys)
+        made = make_variant(dense, tmp_path / "out.gguf", plan, None, n_threads=2, kept=given, hashes=hashes)
         assert (tmp_path / "out.gguf").read_bytes() == truth
         return tuple(made[f"n_tensors_{what}"] for what in ("quantized", "reused", "damaged"))
 
@@ -273,6 +296,22 @@ def test_a_file_of_entries_is_the_same_file(dense: Path, tmp_path: Path) -> None
     small = replace(kept, limit_bytes=paths[0].stat().st_size)
     assert counts(small)[0] >= n - 1
     assert sum(entry.n_bytes for entry in entries(kept.cache)) <= small.limit_bytes
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_nothing_is_kept_of_data_that_the_key_does_not_tell(dense: Path, tmp_path: Path) -> None:  # noqa: F811
+    kept = TensorCache(Cache(tmp_path / "cache"), 10**9)
+    plan, told = plan_of(dense, dict.fromkeys(matrices(dense), "q4_k")), hashes_of(dense)
+    first = next(t.name for t in plan.tensors if t.name in told.keys(plan.tensors))
+    last = [name for name in sorted(told.keys(plan.tensors)) if name != first][-1]
+    others = (
+        replace(told, source_sha256={**told.source_sha256, last: "1" * 64}),
+        replace(told, weights_sha256={last: "1" * 64}),  # but the file is made without an imatrix
+    )
+    for other in others:
+        with pytest.raises(EngineError, match=f"{last}: the model or its imatrix was changed"):
+            make_variant(dense, tmp_path / "out.gguf", plan, None, n_threads=2, kept=kept, hashes=other)
+        assert other.keys(plan.tensors)[last] not in {entry.key for entry in entries(kept.cache)}
     assert not list(tmp_path.rglob("*.tmp"))
 
 

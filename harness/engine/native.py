@@ -8,10 +8,10 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import llama_cpp
 
+from harness.cpu import ggml_base_path
 from harness.errors import UserError
 from harness.ggml_types import PINNED_VERSION
 
@@ -46,15 +46,6 @@ class GgufInitParams(ctypes.Structure):
     """struct gguf_init_params."""
 
     _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]  # ctypes wants a list
-
-
-def _load_ggml_base() -> ctypes.CDLL:
-    folder = Path(llama_cpp.__file__).parent / "lib"
-    names = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll")
-    for path in (folder / name for name in names):
-        if path.exists():
-            return ctypes.CDLL(str(path))
-    raise UserError(f"llama-cpp-python has no libggml-base in {folder}: reinstall llama-cpp-python=={PINNED_VERSION}")
 
 
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
@@ -114,7 +105,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     return lib
 
 
-ggml = _declare(_load_ggml_base())
+ggml = _declare(ctypes.CDLL(str(ggml_base_path())))
 
 
 def check_layout() -> None:
