@@ -11,6 +11,7 @@ from harness import metrics, sources
 from harness.config import CalibrationConfig, Config, text_label
 from harness.errors import UserError
 from harness.imatrix import COLLECTOR_VERSION, load_origin
+from harness.paths import user_path
 from harness.plan import Plan
 from harness.prompts import Windows, load_windows
 from harness.provenance import imatrix_metadata
@@ -48,7 +49,7 @@ def calibration_file(calibration: CalibrationConfig, cache: Cache, say: sources.
     if not calibration.enabled:
         return None
     if calibration.imatrix:
-        return Path(calibration.imatrix).expanduser().resolve()
+        return user_path(calibration.imatrix).absolute()
     return sources.text_file(calibration, "calibration", cache, say)
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,7 @@ from harness.compose import (
     with_quant,
 )
 from harness.errors import EngineError, UserError, disk_error, nearest
+from harness.paths import cache_dir, user_path
 
 if TYPE_CHECKING:  # heavy at run time: --help must answer at once
     from harness.config import Config
@@ -132,10 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):  # what the terminal's encoding lacks is no reason to lose a table
             stream.reconfigure(errors="replace")
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
-        return 0
-    verb, *rest = arguments
+    verb, *rest = arguments or ["--help"]
     verbs = {
         "sweep": _sweep,
         "plan": _plan,
@@ -149,13 +148,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     signal.signal(signal.SIGTERM, _stop)
     try:
+        if verb in ("-h", "--help", "help"):
+            print(HELP, end="", flush=True)
+            return 0
         if verb not in verbs:
             raise UserError(f"there is no verb {verb!r}.{nearest(verb, verbs)}")
         if "-h" in rest or "--help" in rest:
-            print(_verb_help(verb), end="")
+            print(_verb_help(verb), end="", flush=True)
             return 0
         code = verbs[verb](rest)
-        sys.stdout.flush()
+        if sys.stdout:  # None where the caller closed it
+            sys.stdout.flush()
         return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -164,14 +167,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error.with_log}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return 1
     except OSError as error:  # a full disk, a folder that refuses: no other case would fare better
         print(f"error: {disk_error(error)}", file=sys.stderr)
+        if not error.filename:
+            _forget_output()
         return 1
     except KeyboardInterrupt:
         print("stopped; what was measured is kept, the same command goes on from there", file=sys.stderr)
         return 130
+
+
+def _forget_output() -> None:
+    """What could not be written to stdout: Python would try again at its end."""
+    with suppress(OSError, AttributeError):  # it may be closed, or be no file at all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _sweep(overrides: list[str]) -> int:
@@ -262,7 +273,7 @@ def _compare(arguments: list[str]) -> int:
     config = compose(with_quant(overrides))[0]
     check(config)
     results = config.results
-    folder = Path(results.dir).expanduser()
+    folder = user_path(results.dir)
     a, b = (find_record(folder, name, results.name) for name in names)
     print(comparison_text(a, b, results.allow_different))
     return 0
@@ -280,7 +291,7 @@ def _report(arguments: list[str]) -> int:
             raise UserError(f"report takes results=DIR, out=DIR and allow_different=FIELD, not {argument!r}")
         given[key] += value.split(",") if key == "allow_different" else [value]
     _require_may_differ(given["allow_different"])
-    folders = [Path(one).expanduser() for one in given["results"]]
+    folders = [user_path(one) for one in given["results"]]
     if not folders:
         folders = sorted(path.parent for path in Path("results").glob(f"*/{RECORDS}"))
         if len(folders) != 1:
@@ -291,7 +302,7 @@ def _report(arguments: list[str]) -> int:
     if len(folders) > 1 and not given["out"]:
         raise UserError("several sweeps make a new report: say where with out=DIR")
     _require_sweeps(folders)
-    out = Path(given["out"][0]).expanduser() if given["out"] else folders[0] / "report"
+    out = user_path(given["out"][0]) if given["out"] else folders[0] / "report"
     report = write_full_report(folders, out, given["allow_different"])
     print(report.text)
     print("written:", *report.paths, sep="\n  ")
@@ -337,9 +348,9 @@ def _card(arguments: list[str]) -> int:
     if twice:
         raise UserError(f"{twice[0]}= is given twice")
     _require_may_differ(given["allow_different"])
-    folders = [Path(one).expanduser() for one in given["results"]]
+    folders = [user_path(one) for one in given["results"]]
     _require_sweeps(folders)
-    path = Path(cards[0]).expanduser()
+    path = user_path(cards[0])
     if flags == ["--new"] and os.path.lexists(path):
         raise UserError(f"{path} is there already: --new overwrites nothing")
     text = "" if flags == ["--new"] else read_card(path)
@@ -385,7 +396,6 @@ def _convert(arguments: list[str]) -> int:
     from harness.config import Config
     from harness.convert import convert
     from harness.store import Cache
-    from harness.sweep import cache_dir
 
     given, folders = {}, []
     for argument in arguments:
@@ -395,12 +405,12 @@ def _convert(arguments: list[str]) -> int:
         elif equals or argument.startswith("-"):
             raise UserError(f"convert takes FOLDER, and out=, type=, runtime.cache_dir= once each, not {argument!r}")
         else:
-            folders.append(Path(argument).expanduser())
+            folders.append(user_path(argument))
     if len(folders) != 1:
         raise UserError("convert needs one folder of safetensors, such as: convert FOLDER out=FILE.gguf")
     config, file_type = Config(), given.get("type", "bf16")
     config.runtime.cache_dir = given.get("runtime.cache_dir")
-    out = Path(given.get("out", f"{folders[0].resolve().name}-{file_type}.gguf")).expanduser()
+    out = user_path(given.get("out", f"{Path(os.path.realpath(folders[0])).name}-{file_type}.gguf"))
     info = convert(folders[0], out, file_type, Cache(cache_dir(config)), lambda text: print(text, file=sys.stderr))
     print(f"{out}: {info.architecture}, {len(info.tensors)} tensors, {info.file_bytes:,} bytes")
     return 0
@@ -411,7 +421,6 @@ def _cache(arguments: list[str]) -> int:
     from harness.cache_view import cache_text, parse_size
     from harness.config import Config
     from harness.store import Cache
-    from harness.sweep import cache_dir
     from harness.tensor_cache import prune
 
     given: dict[str, str] = {}

@@ -163,7 +163,8 @@ def _run(checkpoint: Checkpoint, converter: Path, out: Path, file_type: str, fol
     """The converter in a process of its own, offline, with caches of its own."""
     with zipfile.ZipFile(converter) as archive:
         archive.extractall(folder / "converter")  # noqa: S202  # we wrote it, under names that were checked
-    model = folder / "links" / checkpoint.folder.resolve().name  # the converter takes the model's name from its folder
+    name = Path(os.path.realpath(checkpoint.folder)).name  # the converter takes the model's name from its folder
+    model = folder / "links" / name
     model.parent.mkdir()
     link_data(checkpoint.folder, model)
     command = [sys.executable, str(folder / "converter" / _SCRIPT), str(model)]

@@ -9,9 +9,9 @@ from harness import __version__, sources
 from harness.config import Config, WheelConfig, check
 from harness.cpu import chosen_features, cpu_features, engine_facts, vector_level
 from harness.errors import EngineError
+from harness.paths import cache_dir, user_path
 from harness.record import environment, physical_cores
 from harness.store import Cache, free_bytes
-from harness.sweep import cache_dir
 
 _PACKAGES = ("llama-cpp-python", "numpy", "pandas", "hydra-core", "datasets", "huggingface_hub", "gguf", "matplotlib")
 
@@ -48,7 +48,7 @@ def doctor_text(config: Config) -> tuple[str, bool]:
         f"  CPU                {here['cpu']}",
         f"  threads            {n_threads} used of {here['cores_logical']} logical{load}",
         f"  memory             {_free_memory() / 1e9:.1f} GB free of {here['memory_bytes'] / 1e9:.1f} GB",
-        f"  disk (results)     {free_bytes(Path(config.results.dir).expanduser()) / 1e9:.1f} GB free",
+        f"  disk (results)     {free_bytes(user_path(config.results.dir)) / 1e9:.1f} GB free",
         f"  disk (cache)       {free_bytes(cache.folder) / 1e9:.1f} GB free, {cache.folder}",
         "",
         "cache",

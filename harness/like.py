@@ -7,6 +7,7 @@ from harness.config import Config
 from harness.errors import EngineError, UserError
 from harness.header import GgufInfo, TensorInfo
 from harness.isolate import run_in_child
+from harness.paths import user_path
 from harness.policy import Rule, parse_rules
 from harness.recipes import exact_pattern
 from harness.reference import Reference, read_header_json
@@ -23,7 +24,7 @@ def with_copied_types(
     Raises UserError on a file that cannot be read, is of another model, or has types that cannot be written.
     """
     files = {one.policy.file for one in configs if one.policy.kind == "like" and one.policy.file}
-    rules = {file: _rules(Path(file).expanduser(), reference, cache) for file in files}
+    rules = {file: _rules(user_path(file), reference, cache) for file in files}
     return [
         (name, rules[one.policy.file]) if one.policy.kind == "like" and one.policy.file else (name, own)
         for one, (name, own) in zip(configs, policies, strict=True)

@@ -8,6 +8,7 @@ import yaml
 
 from harness.config import PolicyConfig, folder_name
 from harness.errors import UserError, nearest
+from harness.paths import user_path
 from harness.policy import Rule, parse_rules
 from harness.recipes import parse_recipe
 
@@ -35,7 +36,7 @@ def load_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:
 def _read_policy(settings: PolicyConfig) -> tuple[str, tuple[Rule, ...]]:
     if not settings.file:
         return settings.name, parse_rules(settings.rules, f"policy={settings.name}", settings.ladders)
-    path = Path(settings.file).expanduser()
+    path = user_path(settings.file)
     if settings.kind == "like":  # its rules are made when the reference is known, see harness.like
         if not path.is_file():
             raise UserError(f"policy.file={path} is no file: check the path")

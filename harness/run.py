@@ -50,8 +50,10 @@ def run(sweep: Sweep, display: ProgressDisplay) -> list[str]:
         failures.append(f"somebody deleted records from {sweep.folder} ({names}): the same command measures them again")
     failures += measure_layers(sweep, display)
     failures += measure_speed(sweep, {**environment(engine), "begun_utc": utc_now()}, display)
-    if not sweep.config.runtime.keep_variants:
-        for case in sweep.cases:
+    for case in (one for one in sweep.cases if one.plan.file_type):
+        if sweep.config.runtime.keep_variants:
+            sweep.cache.pin(sweep.variant_path(case))
+        else:
             _remove_variant(sweep, case)
     return failures
 
@@ -115,9 +117,12 @@ def _measure(sweep: Sweep, case: Case, display: ProgressDisplay) -> tuple[dict[s
 
 
 def _remove_variant(sweep: Sweep, case: Case) -> None:
+    """Unless an earlier sweep was told to keep it."""
+    path = sweep.variant_path(case)
     if case.plan.file_type is not None:
-        with sweep.cache.lock(sweep.variant_path(case)):
-            sweep.cache.remove(sweep.variant_path(case))
+        with sweep.cache.lock(path):
+            if not sweep.cache.is_pinned(path):
+                sweep.cache.remove(path)
 
 
 def _record(sweep: Sweep, case: Case, begun: dict[str, Any], covered: Coverage) -> dict[str, Any]:

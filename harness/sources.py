@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from harness.config import ModelConfig, TextConfig, WheelConfig
 from harness.errors import UserError, some
 from harness.hub import hub_file
+from harness.paths import user_path
 from harness.store import Cache, sha256_file
 
 Say = Callable[[str], None]
@@ -25,7 +26,7 @@ _COPY_BLOCK = 1 << 20
 def model_file(model: ModelConfig, cache: Cache, say: Say) -> Path:
     """The model's GGUF file, verified. Raises UserError when it cannot be had or has another sha256."""
     if model.path:
-        _require_gguf(Path(model.path).expanduser(), model.path)
+        _require_gguf(user_path(model.path), model.path)
         return _local(model.path, "model.path", model.sha256, cache)
     if model.hub.repo_id:
         return hub_file(model.hub, "model.hub", cache, say)
@@ -146,7 +147,7 @@ def _member(wheel: Path, name: str) -> Iterator[bytes]:
 
 
 def _local(given: str, key: str, expected_sha256: str | None, cache: Cache) -> Path:
-    path = Path(given).expanduser().absolute()  # links are kept: the name tells the format and the parts of a split
+    path = user_path(given).absolute()  # links are kept: the name tells the format and the parts of a split
     if path.is_dir():
         raise UserError(f"{key}={given} is a folder: give a file")
     if not path.is_file():
@@ -169,7 +170,7 @@ def _require_gguf(path: Path, given: str) -> None:
     if path.is_dir() and ggufs:
         raise UserError(f"model.path={given} is a folder: give a file in it, {some(ggufs)}")
     if any(folder.glob("*.safetensors")):
-        out = shlex.quote(f"{folder.resolve().name}-bf16.gguf")
+        out = shlex.quote(f"{Path(os.path.realpath(folder)).name}-bf16.gguf")
         raise UserError(
             f"model.path={given} holds safetensors, llama.cpp reads GGUF: convert it with "
             f"`python -m harness convert {shlex.quote(str(folder))} out={out}`"

@@ -198,6 +198,17 @@ class Cache:
         """What the maker of a held file returned."""
         return _read_json(_seal_path(path))["facts"]
 
+    def pin(self, path: Path) -> None:
+        """Let a held file stay when others no longer need it. Whoever makes it anew makes it without."""
+        seal = _read_json(_seal_path(path))
+        if isinstance(seal, dict) and not seal.get("pinned"):
+            write_json(_seal_path(path), {**seal, "pinned": True})
+
+    def is_pinned(self, path: Path) -> bool:
+        """Whether somebody wants the file to stay."""
+        seal = _read_json(_seal_path(path))
+        return isinstance(seal, dict) and seal.get("pinned") is True
+
     def remove(self, path: Path) -> None:
         """Forget a cached file."""
         _seal_path(path).unlink(missing_ok=True)

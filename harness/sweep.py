@@ -1,5 +1,6 @@
 """What a sweep will do: its inputs resolved, its cases planned and checked, before anything slow."""
 
+import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from harness.like import with_copied_types
 from harness.measure import default_first_scored, probability_bytes, probability_path
 from harness.mixture import plain_file_type, standard_mixture
 from harness.passes import SPEED_UBATCH_TOKENS, looked_at, read_layers, read_speed
+from harness.paths import cache_dir, user_path
 from harness.plan import STANDARD_RULE, Plan, make_plan, placebo_plan
 from harness.policy import Rule
 from harness.policy_file import load_policy
@@ -321,7 +323,7 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
     engine_version = _engine_version()
     n_threads = config.runtime.threads or physical_cores()
     cache = Cache(cache_dir(config))
-    folder = Path(config.results.dir).expanduser() / results_name(config)
+    folder = user_path(config.results.dir) / results_name(config)
     if with_reference:
         _require_writable(folder / RECORDS, config)
     if config.runtime.cpu_features is not None:
@@ -552,7 +554,7 @@ def _require_context(config: Config, reference: Reference) -> None:
 def _require_writable(folder: Path, config: Config) -> None:
     try:
         existing = folder
-        while not existing.exists() and existing != existing.parent:
+        while not os.path.lexists(existing) and existing != existing.parent:
             existing = existing.parent
         with tempfile.TemporaryFile(dir=existing):  # nothing is made for a sweep that is refused later
             pass
@@ -560,15 +562,6 @@ def _require_writable(folder: Path, config: Config) -> None:
         raise UserError(
             f"results.dir={config.results.dir}: {folder} cannot be written ({error.strerror}): give another folder"
         ) from error
-
-
-def cache_dir(config: Config) -> Path:
-    """The folder of the cache: runtime.cache_dir, or the user's cache folder of the platform."""
-    if config.runtime.cache_dir:
-        return Path(config.runtime.cache_dir).expanduser().resolve()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("gguf-harness", appauthor=False))
 
 
 def _last_words(error: EngineError) -> str:

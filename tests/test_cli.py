@@ -1,5 +1,6 @@
 """The command line in this process: help, what is refused in which words, how overrides become configurations."""
 
+import os
 import subprocess
 import sys
 import time
@@ -146,7 +147,55 @@ def test_exit_codes_reach_the_shell(tmp_path: Path) -> None:
     assert result.stderr.count("\n") == 1
 
 
+def _closed() -> None:
+    os.close(1)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["sweep", "--help"], ["cache"]])
+def test_output_that_cannot_be_written_is_one_line(words: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "harness", *words]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    assert result.returncode == 1 and result.stderr.startswith("error: No space left on device")
+    assert result.stderr.count("\n") == 1
+    result = subprocess.run(  # no threads are running here
+        command, stderr=subprocess.PIPE, text=True, check=False, preexec_fn=_closed, env=environment
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 # --- what is refused
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "quant=q4_0", "runtime.cache_dir=~no-such-user/x"],
+        ["plan", "quant=q4_0", "model.path=~no-such-user/x.gguf"],
+        ["report", "results=~no-such-user/x"],
+        ["card", "CARD.md", "results=~no-such-user/x"],
+        ["convert", "~no-such-user/x"],
+    ],
+)
+def test_the_home_of_nobody_is_one_line(cli: Cli, words: list[str]) -> None:
+    code, out, err = cli(*words)
+    assert (code, out) == (2, "") and "there is no such user" in err and err.count("\n") == 1
+
+
+def test_links_in_a_circle_are_one_line(cli: Cli, tiny_overrides: list[str], tmp_path: Path) -> None:
+    circle = tmp_path / "a"
+    circle.symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(circle)
+    settings = [one for one in tiny_overrides if not one.startswith("results.dir")]
+    for words in (
+        ["sweep", "quant=q4_0", f"results.dir={circle}", *settings],
+        ["report", f"results={circle}"],
+        ["audit", str(circle)],
+        ["convert", str(circle)],
+    ):
+        code, out, err = cli(*words)
+        assert (code, out) == (2, "") and str(circle) in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,19 @@ def test_plan_predicts_the_written_file_exactly(cli: Cli, tiny_overrides: list[s
     assert sorted(told) == [[*name, imatrix.name] for name in names]
 
 
+def test_a_later_sweep_leaves_the_files_that_an_earlier_one_kept(
+    cli: Cli, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    def sweep(quants: str, name: str, *more: str) -> set[str]:
+        command = ["sweep", f"quant={quants}", "mode=standard", "calibration.enabled=false", *tiny_overrides]
+        assert cli(*command, f"results.name={name}", *more)[0] == 0
+        return {path.name for path in (tmp_path / "cache" / "variants").glob("*.gguf")}
+
+    kept = sweep("q4_0", "first", "runtime.keep_variants=true")
+    assert len(kept) == 1
+    assert sweep("q4_0,q5_0", "second") == kept, "q5_0's went, q4_0's stayed"
+
+
 def _heed_ctrl_c() -> None:
     """Shells start background jobs with SIGINT ignored, and so would be what the tests start from there."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
