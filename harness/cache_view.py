@@ -1,10 +1,7 @@
 """What the cache holds, for reading: by kind, the largest files, the least recently used tensors."""
 
-import os
 import re
-from contextlib import suppress
 from datetime import datetime
-from pathlib import Path
 
 from harness.cost import file_size
 from harness.errors import UserError
@@ -17,15 +14,9 @@ _SHOWN = 5
 
 def cache_text(cache: Cache) -> str:
     """A line a kind, then the largest files and the oldest tensors."""
-    files: dict[str, list[tuple[int, float, Path]]] = {}
-    for folder, _, names in os.walk(cache.folder):
-        for path in (Path(folder, name) for name in names if not name.endswith(".lock")):
-            with suppress(FileNotFoundError):  # a sweep may be at work
-                status = path.stat()
-                kind = path.relative_to(cache.folder).parts[0]
-                files.setdefault(kind, []).append((status.st_size, status.st_mtime, path))
+    files = cache.files()
     every = [one for kind in files.values() for one in kind]
-    total = sum(size for size, _, _ in every)
+    total = sum(size for _, size, _ in every)
     lines = [
         f"{cache.folder}: {file_size(total)} in {len(every):,} files, "
         f"{file_size(free_bytes(cache.folder))} free on its disk"
@@ -33,12 +24,12 @@ def cache_text(cache: Cache) -> str:
     if not every:
         return lines[0]
     lines += ["", f"  {'kind':<16} {'files':>7} {'size':>10}  oldest      newest"]
-    for kind, found in sorted(files.items()):
-        times = sorted(when for _, when, _ in found)
-        n_bytes = file_size(sum(size for size, _, _ in found))
+    for kind, found in files.items():
+        times = sorted(when for _, _, when in found)
+        n_bytes = file_size(sum(size for _, size, _ in found))
         lines.append(f"  {kind:<16} {len(found):>7,} {n_bytes:>10}  {_day(times[0])}  {_day(times[-1])}")
     lines += ["", "largest files"]
-    for size, _, path in sorted(every, key=lambda one: (-one[0], one[2]))[:_SHOWN]:
+    for path, size, _ in sorted(every, key=lambda one: (-one[1], one[0]))[:_SHOWN]:
         lines.append(f"  {file_size(size):>10}  {path.relative_to(cache.folder).as_posix()}")
     tensors = entries(cache)
     if tensors:

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from harness.errors import UserError
+from harness.paths import read_small
 
 MAX_BYTES = 16 << 20
 MAX_LINES = 100_000
@@ -162,15 +163,7 @@ class _Grid:
 
 def read_text(path: Path) -> str:
     """The whole file as text. Raises UserError when it is missing, too large or no text."""
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: there is no such file")
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__})") from error
-    if len(content) > MAX_BYTES:
-        raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MiB; give the model card or the table alone")
+    content = read_small(path, MAX_BYTES)
     text = content.decode("utf-8-sig", errors="replace")
     if "\0" in text or len(_CONTROL.findall(text[:100_000])) > 0.01 * len(text[:100_000]):
         raise UserError(f"{path}: this is no text but a binary file (or UTF-16); give a model card or a CSV in UTF-8")

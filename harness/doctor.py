@@ -53,9 +53,10 @@ def doctor_text(config: Config) -> tuple[str, bool]:
         "",
         "cache",
     ]
-    sizes = cache.sizes()
-    lines += [f"  {kind:<18} {count} files, {n_bytes / 1e6:.1f} MB" for kind, (count, n_bytes) in sizes.items()]
-    if not sizes:
+    kinds = cache.files()
+    for kind, files in kinds.items():
+        lines.append(f"  {kind:<18} {len(files)} files, {sum(n_bytes for _, n_bytes, _ in files) / 1e6:.1f} MB")
+    if not kinds:
         lines.append("  empty")
     lines += ["", "inputs"]
     wheels = {"model": config.model.wheel, "prompts": config.prompts.wheel, "calibration": config.calibration.wheel}

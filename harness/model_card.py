@@ -12,13 +12,14 @@ from typing import Any
 
 import yaml
 
+from harness.card import MAX_BYTES
 from harness.card_blocks import BLOCKS, Offer, figures, has_imatrix, md, offered
 from harness.errors import UserError, nearest
+from harness.paths import read_small
 from harness.record import Record
 from harness.report import Results
 from harness.store import write_atomic
 
-MAX_BYTES = 16 << 20
 MAX_FRONT_MATTER = 1 << 20  # characters; PyYAML takes about a minute for a megabyte of it
 FRONT_MATTER = "front matter"
 TAGS = ("gguf", "quantized", "llama.cpp")
@@ -50,15 +51,7 @@ class Update:
 
 def read_card(path: Path) -> str:
     """The card's text, line ends and byte order mark included. Raises UserError when it is no text of that size."""
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: there is no such file (card --new makes one)")
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__})") from error
-    if len(content) > MAX_BYTES:
-        raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MiB, this is no model card")
+    content = read_small(path, MAX_BYTES)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,7 +1,6 @@
 """Plans: which type every tensor of a variant gets, why, and what the file will weigh. Pure functions."""
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,10 +15,9 @@ from harness.header import TensorInfo
 from harness.idle_rules import Idle, find_idle
 from harness.mixture import Mixture
 from harness.policy import Rule, Subject, choose, names_tensor
-from harness.recipes import exact_pattern
+from harness.recipes import BLOCK, exact_pattern
 from harness.store import key_of
 
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 STANDARD_RULE = "standard"  # the "rule" of a tensor that no policy rule names
 
 
@@ -262,7 +260,7 @@ def padded(n_bytes: int) -> int:
 
 def role_and_layer(name: str) -> tuple[str, int | None]:
     """('ffn_down', 3) for blk.3.ffn_down.weight; ('token_embd', None) for token_embd.weight."""
-    match = _BLOCK.fullmatch(name)
+    match = BLOCK.fullmatch(name)
     rest, layer = (match[2], int(match[1])) if match else (name, None)
     return rest.removesuffix(".weight"), layer
 

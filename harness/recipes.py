@@ -23,7 +23,7 @@ MAX_ENTRIES = 4096  # of a recipe; large mixtures of experts have about 1,200 te
 MAX_PATTERNS = 300  # of a policy, whole names not counted
 MAX_PATTERN = 512  # characters
 _MAX_MEMORY = 1 << 20  # bytes of one compiled pattern
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+BLOCK = re.compile(r"blk\.(\d+)\.(.+)")  # layer, and the name within it
 _PLAIN_TENSOR = re.compile(r"[a-z0-9._/-]+")
 _WHOLE_NAME = re.compile(r"\^((?:[A-Za-z0-9_/]|\\[^A-Za-z0-9])+)\$")
 
@@ -48,7 +48,7 @@ def short_entries(types: Mapping[str, str]) -> list[str]:
     groups: dict[tuple[str, str], list[str]] = {}
     for name, type_name in types.items():
         entry(name, type_name)
-        block = _BLOCK.fullmatch(name)
+        block = BLOCK.fullmatch(name)
         groups.setdefault((block[2] if block else name, type_name), []).append(block[1] if block else "")
     found = []
     for (rest, type_name), layers in groups.items():

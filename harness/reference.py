@@ -6,6 +6,7 @@ from typing import Any
 
 from harness import sources
 from harness.config import ModelConfig, model_label
+from harness.cost import file_size
 from harness.errors import UserError, some
 from harness.ggml_types import GGUF_ALIGNMENT
 from harness.header import GgufInfo, split_parts
@@ -130,13 +131,9 @@ def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
     free = free_bytes(folder)
     if free < needed_bytes:
         raise UserError(
-            f"{folder} has {_size(free)} free, and {_size(needed_bytes)} are needed for {what}: "
+            f"{folder} has {file_size(free)} free, and {file_size(needed_bytes)} are needed for {what}: "
             "make room or set runtime.cache_dir to a larger disk"
         )
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 
 def read_header_json(path: Path) -> dict[str, Any]:

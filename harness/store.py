@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -239,13 +239,16 @@ class Cache:
         key = key_of(str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
         return self.json("sha256", key, lambda: sha256_file(path))
 
-    def sizes(self) -> dict[str, tuple[int, int]]:
-        """Number of files and bytes by kind."""
-        result: dict[str, tuple[int, int]] = {}
-        for folder in sorted(p for p in self.folder.iterdir() if p.is_dir()):
-            files = [p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".lock")]
-            result[folder.name] = (len(files), sum(files))
-        return result
+    def files(self) -> dict[str, list[tuple[Path, int, float]]]:
+        """Every file but locks, by kind: its path, bytes, and when it was changed or used last (seconds)."""
+        found: dict[str, list[tuple[Path, int, float]]] = {}
+        for folder, _, names in os.walk(self.folder):
+            for path in (Path(folder, name) for name in names if not name.endswith(".lock")):
+                with suppress(FileNotFoundError):  # a sweep may be at work
+                    status = path.stat()
+                    kind = path.relative_to(self.folder).parts[0]
+                    found.setdefault(kind, []).append((path, status.st_size, status.st_mtime))
+        return dict(sorted(found.items()))
 
 
 def _seal_path(path: Path) -> Path:

@@ -523,7 +523,7 @@ def test_a_file_in_place_of_the_cache_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_new_cache_leaves_no_file(tmp_path: Path) -> None:
-    assert Cache(tmp_path / "a" / "b").sizes() == {}
+    assert Cache(tmp_path / "a" / "b").files() == {}
     assert files_below(tmp_path) == set()
 
 
@@ -532,7 +532,11 @@ def test_sizes_count_things_and_no_locks(cache: Cache) -> None:
     cache.make("variants", "l", ".gguf", lambda target: target.write_bytes(b"x" * 50) and None)
     (cache.folder / "scores" / "deep").mkdir(parents=True)
     (cache.folder / "scores" / "deep" / "w.npz").write_bytes(b"12345")
-    sizes = cache.sizes()
+    (cache.folder / "locks").mkdir(exist_ok=True)
+    (cache.folder / "locks" / "l.lock").touch()
+    files = cache.files()
+    assert "locks" not in files
+    sizes = {kind: (len(found), sum(size for _, size, _ in found)) for kind, found in files.items()}
     assert sizes["scores"] == (1, 5)
     assert sizes["variants"][0] == 4, "the files and their seals"
     assert 150 < sizes["variants"][1] < 1000
