@@ -3,6 +3,7 @@
 A block stands between two lines of their own, `<!-- harness:NAME -->` and `<!-- /harness:NAME -->`.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -51,6 +52,8 @@ class Update:
 
 def read_card(path: Path) -> str:
     """The card's text, line ends and byte order mark included. Raises UserError when it is no text of that size."""
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: there is no such file (card --new makes one)")
     content = read_small(path, MAX_BYTES)
     try:
         return content.decode("utf-8")
