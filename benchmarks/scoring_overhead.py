@@ -1,34 +1,48 @@
 """What scoring costs over llama_decode alone, and the memory it takes: three ways of running one window, side by side.
 
-    python benchmarks/scoring_overhead.py MODEL.gguf [ROUNDS]
+    python benchmarks/scoring_overhead.py MODEL.gguf [ROUNDS] [--tools DIR --text FILE [--windows N]]
 
 decode: the logits are computed and left alone; nll: and each token's nll and likeliest token; kld: and the divergence
 from probabilities that were stored before (the model's own: what they are does not change the work). Rounds go forwards
 and backwards in turn. Prints medians, ratios with their range over the rounds, and peak memory beside the bound
 (the file, and 1.3 times the logits of one window).
+
+With --tools (those of benchmarks/llama_tools.py) also whole processes, loading included, in turn: N windows of the text
+scored as a reference and as a variant, by the harness and by llama-perplexity. Their perplexities must be the same.
 """
 
+import argparse
+import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from harness import metrics
-from harness.engine import model as engine
-from harness.measure import RowReader, default_first_scored, peak_rss_bytes
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import llama_tools  # noqa: E402
+from benchmarks.common import Usage, compared, markdown, say  # noqa: E402
+from harness import metrics  # noqa: E402
+from harness.engine import model as engine  # noqa: E402
+from harness.isolate import run_in_child  # noqa: E402
+from harness.measure import RowReader, default_first_scored, peak_rss_bytes, score  # noqa: E402
+from harness.prompts import cut_windows  # noqa: E402
+from harness.record import physical_cores  # noqa: E402
+from harness.store import Cache  # noqa: E402
 
 N_TOKENS, UBATCH, WAYS = 2048, 128, ("decode", "nll", "kld")
+PPL_TOLERANCE = 1e-4  # relative; llama-perplexity prints four decimals
 
 
-def main(path: Path, rounds: int) -> None:
+def over_decode(path: Path, rounds: int) -> None:
     rng = np.random.default_rng(0)
     first = default_first_scored(N_TOKENS)
     wanted = np.zeros(N_TOKENS, bool)
     wanted[first - 1 : N_TOKENS - 1] = True
-    from harness.record import physical_cores
-
     with (
         tempfile.TemporaryDirectory() as folder,
         engine.open_model(path) as model,
@@ -68,5 +82,78 @@ def main(path: Path, rounds: int) -> None:
     print(f"peak {peak / 1e6:.0f} MB; the file and 1.3 windows of logits are {bound / 1e6:.0f} MB")
 
 
+def by_harness(path: Path, windows: np.ndarray, folder: Path, *, is_reference: bool) -> tuple[Usage, float]:
+    """One pass in a process of its own, and its perplexity."""
+    before, begin = os.times(), time.perf_counter()
+    scores = run_in_child(
+        score,
+        *(path, windows, folder / f"scores-{is_reference}", folder / "probabilities", Cache(folder / "cache")),
+        is_reference=is_reference,
+        first_scored=default_first_scored(windows.shape[1]),
+        ubatch_tokens=UBATCH,
+        flash_attention=True,
+        n_threads=physical_cores(),
+        log_path=folder / "harness.log",
+    )
+    wall_s, after = time.perf_counter() - begin, os.times()
+    cpu_s = after.children_user + after.children_system - before.children_user - before.children_system
+    return Usage(wall_s, cpu_s, scores.peak_rss_bytes or 0), metrics.perplexity(scores.nll)[0]
+
+
+def by_llama_perplexity(
+    path: Path, text: Path, n_windows: int, folder: Path, tools: Path, *, is_reference: bool
+) -> tuple[Usage, float]:
+    command = [tools / "llama-perplexity", "-m", path, "-t", physical_cores(), "-fa", "on", "-ub", UBATCH]
+    command += ["-c", N_TOKENS, "-b", N_TOKENS, "--chunks", n_windows, "--kl-divergence-base", folder / "logits.bin"]
+    command += ["-f", text] if is_reference else ["--kl-divergence"]
+    usage, found = llama_tools.run_tool(command, folder / "tool.log", ["ppl"])
+    return usage, found["ppl"]
+
+
+def beside_llama_perplexity(path: Path, text: Path, n_windows: int, rounds: int, tools: Path) -> None:
+    tokens, bos = engine.tokenize(path, text.read_text(encoding="utf-8"))
+    windows = cut_windows(tokens, n_windows, N_TOKENS, bos)
+    usages: dict[tuple[bool, str], list[Usage]] = {}
+    for i in range(rounds):
+        with tempfile.TemporaryDirectory(prefix="scoring-") as name:
+            folder = Path(name)
+            for is_reference in (True, False):
+                ppl = []
+                for side in ("harness", "llama.cpp")[:: 1 if i % 2 == 0 else -1]:
+                    say(f"round {i + 1}: {side}, {'reference' if is_reference else 'variant with KLD'}")
+                    if side == "harness":
+                        usage, one = by_harness(path, windows, folder, is_reference=is_reference)
+                    else:
+                        usage, one = by_llama_perplexity(
+                            path, text, n_windows, folder, tools, is_reference=is_reference
+                        )
+                    usages.setdefault((is_reference, side), []).append(usage)
+                    ppl.append(one)
+                if abs(ppl[0] / ppl[1] - 1) > PPL_TOLERANCE:
+                    raise SystemExit(f"the perplexities differ: {ppl[0]:.5f} and {ppl[1]:.5f}")
+    header = ("Scored as", "harness, s", "llama.cpp, s", "Ratio (range)", "CPU s", "CPU s, llama.cpp", "CPU ratio")
+    rows = [
+        (label, *compared(usages[is_reference, "harness"], usages[is_reference, "llama.cpp"]))
+        for is_reference, label in ((True, "reference"), (False, "variant, KLD"))
+    ]
+    print("\n" + markdown((*header, "Peak MB", "Peak MB, llama.cpp"), rows))
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("rounds", type=int, nargs="?", default=5)
+    parser.add_argument("--tools", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--windows", type=int, default=2)
+    args = parser.parse_args(argv)
+    if bool(args.tools) != bool(args.text):
+        parser.error("--tools and --text belong together")
+    over_decode(args.model, args.rounds)
+    if args.tools:
+        tools = llama_tools.llama_tools(args.tools)
+        beside_llama_perplexity(args.model.resolve(), args.text.resolve(), args.windows, args.rounds, tools)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 5)
+    main(sys.argv[1:])
