@@ -27,8 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import common, llama_tools  # noqa: E402
 from benchmarks.both_sides import Inputs, Results, Step, harness_side, imatrix_difference, llama_steps, resolve  # noqa: E402
-from benchmarks.common import OUTSIDE, Usage, in_child, say  # noqa: E402
-from harness.errors import UserError  # noqa: E402
+from benchmarks.common import OUTSIDE, Usage, in_child, run_main, say  # noqa: E402
 from harness.record import utc_now  # noqa: E402
 from harness.store import read_json, write_json  # noqa: E402
 
@@ -153,6 +152,12 @@ def run_rounds(
     return rounds
 
 
+def merged(settings: Sequence[str], more: Sequence[str]) -> list[str]:
+    """Settings of which the later ones take the place of the earlier ones with the same key."""
+    keys = {one.partition("=")[0] for one in more}
+    return [*(one for one in settings if one.partition("=")[0] not in keys), *more]
+
+
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("size", choices=list(SIZES))
@@ -162,8 +167,7 @@ def main(argv: Sequence[str]) -> None:
     for name in ("--tools", "--work", "--out"):
         parser.add_argument(name, type=Path)
     args = parser.parse_intermixed_args(argv)
-    given = {one.partition("=")[0] for one in args.settings}
-    overrides = [*(one for one in SIZES[args.size] if one.partition("=")[0] not in given), *args.settings]
+    overrides = merged(SIZES[args.size], args.settings)
     tools = llama_tools.llama_tools(args.tools)
     user_cache = Path(platformdirs.user_cache_dir("gguf-harness", appauthor=False))
     label = f"{args.size}{'-quantize' if args.quantize_only else ''}"
@@ -178,15 +182,14 @@ def main(argv: Sequence[str]) -> None:
         ledger.once("imatrix for all rounds", first.run)
         shutil.copyfile(work / "llama-imatrix.gguf", work / "imatrix.gguf")
         only = [f"calibration.imatrix={work / 'imatrix.gguf'}", "prompts.n_windows=1", "prompts.window_tokens=64"]
-        overrides = [*overrides, *only]
+        overrides = merged(overrides, only)
         inputs = in_child(resolve, overrides)
     kinds = ("quantize",) if args.quantize_only else STEPS
     steps = [step for step in llama_steps(inputs, tools, work) if step.kind in kinds]
     rounds = run_rounds(ledger, args.rounds, inputs, overrides, steps)
     shown = table(rounds, kinds)
-    print(
-        f"\n{shown}\n\nQuantizing work left when no tensor is quantized twice: {100 * inputs.share:.0f} % (estimated)"
-    )
+    share = f"{100 * inputs.share:.0f} % of the quantizing is left (estimated) when no tensor is quantized twice."
+    print(f"\n{shown}\n\nMedians of {args.rounds} rounds. Ratio: harness / llama.cpp. {share}")
     out = args.out or work / "results.json"
     usages = [{side: {k: asdict(u) for k, u in usage.items()} for side, usage in one.items()} for one in rounds]
     told = {"settings": settings, "begun_utc": ledger.done["begun_utc"], "environment": inputs.environment}
@@ -195,7 +198,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from error
+    run_main(main)

@@ -218,6 +218,17 @@ def unique_share(plans: Sequence["Plan"], source_types: Mapping[str, str]) -> fl
     return (total_s - often_s + once_s) / total_s
 
 
+def run_main(main: Callable[[Sequence[str]], None]) -> None:
+    """A script's `main`, with what a user can mend as one line and exit code 2."""
+    from harness.errors import UserError
+
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
 def machine() -> dict[str, Any]:
     """The computer and the time, for files of results."""
     from harness.record import environment, utc_now

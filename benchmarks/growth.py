@@ -23,8 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import common  # noqa: E402
-from benchmarks.common import Usage, in_child, markdown, measured, say, seconds_text  # noqa: E402
-from harness.errors import UserError  # noqa: E402
+from benchmarks.common import Usage, in_child, markdown, measured, run_main, say, seconds_text  # noqa: E402
 from harness.store import write_json  # noqa: E402
 
 SCORED = ["calibration=none", "prompts.n_windows=1", "prompts.window_tokens=512", "measure.speed=false"]
@@ -107,7 +106,7 @@ def by_variants(folder: Path, args: argparse.Namespace) -> tuple[str, Rounds]:
     for i in range(args.rounds):
         for n in numbers:
             for kept in ("20", "0")[:: 1 if i % 2 == 0 else -1]:
-                say(f"round {i + 1}: {n} variants, runtime.tensor_cache_gb={kept}")
+                say(f"round {i + 1}: variants {n}, runtime.tensor_cache_gb={kept}")
                 took = sweep(folder, [*commands[n], f"runtime.tensor_cache_gb={kept}"], facts[n]["linked"])
                 rounds.setdefault(f"{n} {kept}", []).append(took)
     rows = []
@@ -182,7 +181,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from error
+    run_main(main)

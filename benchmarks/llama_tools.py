@@ -24,10 +24,9 @@ import platformdirs
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import Usage, measured, say, tail  # noqa: E402
+from benchmarks.common import Usage, measured, run_main, say, tail  # noqa: E402
 from harness.convert import PACKAGE, SDIST_SHA256  # noqa: E402
 from harness.cpu import cpu_features  # noqa: E402
-from harness.errors import UserError  # noqa: E402
 from harness.sources import fetched_sdist  # noqa: E402
 from harness.store import key_of  # noqa: E402
 
@@ -142,13 +141,13 @@ def printed(name: str, output: str) -> float:
 
 
 def require_same_features(tools: Path, model: Path, folder: Path, features: Sequence[str]) -> None:
-    """Exits unless the tools were compiled for the same CPU features as llama-cpp-python. llama-perplexity tells them
-    before it finds the text too short."""
+    """Exits unless the tools were compiled for the same CPU features as llama-cpp-python: llama-perplexity tells them
+    before it scores some tokens."""
     text = folder / "short.txt"
-    text.write_text("short\n")
-    command = [str(tools / "llama-perplexity"), "-m", str(model), "-f", str(text), "--no-warmup", "-c", "512"]
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    found = printed_features(result.stdout + result.stderr)
+    text.write_text("a few words " * 100)
+    command = [tools / "llama-perplexity", "-m", model, "-f", text, "-c", "64", "-b", "64", "--chunks", "1"]
+    run_tool(command, folder / "features.log", ["ppl"])
+    found = printed_features((folder / "features.log").read_text(encoding="utf-8", errors="replace"))
     if found != list(features):
         raise SystemExit(
             f"llama.cpp's tools are built for {', '.join(found)}; llama-cpp-python for {', '.join(features)}: build "
@@ -165,7 +164,4 @@ def printed_features(output: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        print(llama_tools(None))
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from error
+    run_main(lambda arguments: print(llama_tools(None)))

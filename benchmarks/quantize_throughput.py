@@ -20,10 +20,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import Usage, compared, markdown, say  # noqa: E402
+from benchmarks.common import Usage, compared, markdown, run_main, say  # noqa: E402
 from harness.compose import compose  # noqa: E402
 from harness.cpu import engine_facts  # noqa: E402
-from harness.errors import UserError  # noqa: E402
 from harness.imatrix import read_imatrix, write_imatrix  # noqa: E402
 from harness.isolate import run_in_child  # noqa: E402
 from harness.measure import peak_rss_bytes  # noqa: E402
@@ -116,7 +115,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from error
+    run_main(main)

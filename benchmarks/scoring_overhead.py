@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import llama_tools  # noqa: E402
-from benchmarks.common import Usage, compared, markdown, say  # noqa: E402
+from benchmarks.common import Usage, compared, markdown, run_main, say  # noqa: E402
 from harness import metrics  # noqa: E402
 from harness.engine import model as engine  # noqa: E402
 from harness.isolate import run_in_child  # noqa: E402
@@ -156,4 +156,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_main(main)
