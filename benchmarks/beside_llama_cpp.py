@@ -189,7 +189,7 @@ def main(argv: Sequence[str]) -> None:
     rounds = run_rounds(ledger, args.rounds, inputs, overrides, steps)
     shown = table(rounds, kinds)
     share = f"{100 * inputs.share:.0f} % of the quantizing is left (estimated) when no tensor is quantized twice."
-    print(f"\n{shown}\n\nMedians of {args.rounds} rounds. Ratio: harness / llama.cpp. {share}")
+    print(f"\n{shown}\n\nMedians, rounds: {args.rounds}. Ratio: harness / llama.cpp. {share}")
     out = args.out or work / "results.json"
     usages = [{side: {k: asdict(u) for k, u in usage.items()} for side, usage in one.items()} for one in rounds]
     told = {"settings": settings, "begun_utc": ledger.done["begun_utc"], "environment": inputs.environment}
