@@ -2,11 +2,12 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def run_in_child(
         args=(theirs, str(log_path), function, args, kwargs, on_progress is not None),
         daemon=True,
     )
-    process.start()
+    with deaf_to_ctrl_c():
+        process.start()
     theirs.close()
     try:
         while True:
@@ -70,6 +72,23 @@ def run_in_child(
         ours.close()
 
 
+@contextmanager
+def deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes that are started inside take no Ctrl-C from their first moment on: it reaches the whole group, and the
+    parent decides. One that comes meanwhile waits for the parent to leave."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # started inside, it would let Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def log_tail(path: Path, n_lines: int = _TAIL_LINES) -> list[str]:
     """Last lines of a log that are not blank."""
     try:
@@ -83,8 +102,6 @@ def log_tail(path: Path, n_lines: int = _TAIL_LINES) -> list[str]:
 
 def _cause_of_death(exit_code: int | None) -> str:
     if exit_code is not None and exit_code < 0:
-        import signal
-
         try:
             name = signal.Signals(-exit_code).name
         except ValueError:
@@ -102,8 +119,6 @@ def _child(
     kwargs: dict[str, Any],
     with_progress: bool,
 ) -> None:
-    import signal
-
     # Ctrl-C reaches the whole group; the parent decides what happens to this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["GGML_NO_BACKTRACE"] = "1"  # else an abort starts a debugger, whose output hides the reason

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing import get_all_start_methods, get_context, set_forkserver_preload
 from pathlib import Path
-from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from harness.depth_plots import plot_kld_distribution, plot_layers, plot_position, plot_types
 from harness.errors import EngineError
+from harness.isolate import deaf_to_ctrl_c
 from harness.pass_frames import layers_frame
 from harness.plot_frames import (
     MOST_QUANTS,
@@ -117,19 +117,13 @@ def drawing(n_records: int, folder: Path, formats: Sequence[str]) -> Iterator[Dr
 
 
 def _start_server() -> None:
-    """Start the process that others are forked from, deaf to Ctrl-C from its first moment."""
+    """Start the process that others are forked from."""
     from multiprocessing.forkserver import ensure_running
 
     modules = ("figure", "backends.backend_agg", "backends.backend_svg")
     set_forkserver_preload([__name__, *(f"matplotlib.{module}" for module in modules)])
-    if current_thread() is not main_thread():  # only the main one may set handlers
+    with deaf_to_ctrl_c():
         ensure_running()
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        ensure_running()
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def _leave_interrupts() -> None:

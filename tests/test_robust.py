@@ -1,7 +1,9 @@
 """What happens on real machines: damaged caches, two sweeps at once, hostile settings."""
 
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pandas as pd
 import pytest
 
 from harness.errors import EngineError, UserError
+from harness.isolate import deaf_to_ctrl_c, run_in_child
 from harness.record import read_records
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -300,3 +303,21 @@ def test_a_strangers_characters_in_an_error_do_not_reach_the_terminal(error: typ
 
 def test_nor_do_those_of_a_log() -> None:
     assert EngineError("it failed", ["error loading model \x1b[2J"]).with_log == "it failed (error loading model ?[2J)"
+
+
+def blocked_signals() -> set[int]:
+    """In a child: what does not reach it, as it was before its first line of Python."""
+    return set(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+
+
+def test_a_child_takes_no_ctrl_c_from_its_first_moment(tmp_path: Path) -> None:
+    """Else its interpreter would print a traceback when it is stopped while it loads."""
+    before = blocked_signals()
+    assert signal.SIGINT not in before
+    assert signal.SIGINT in run_in_child(blocked_signals, log_path=tmp_path / "log")
+    assert blocked_signals() == before
+    reached_the_end = False
+    with pytest.raises(KeyboardInterrupt), deaf_to_ctrl_c():
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        reached_the_end = True
+    assert reached_the_end, "it waits, and is not lost"
