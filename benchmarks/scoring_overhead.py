@@ -17,7 +17,8 @@ import numpy as np
 
 from harness import metrics
 from harness.engine import model as engine
-from harness.measure import RowReader, default_first_scored, peak_rss_bytes
+from harness.kld_reference import ProbabilityRows, write_probabilities
+from harness.measure import default_first_scored, peak_rss_bytes
 
 N_TOKENS, UBATCH, WAYS = 2048, 128, ("decode", "nll", "kld")
 
@@ -41,16 +42,12 @@ def main(path: Path, rounds: int) -> None:
         stored = Path(folder) / "window.p"
         with stored.open("wb") as file:
             for _, logits, _ in engine.decode_window(context, window, wanted, size, UBATCH):
-                for start in range(0, len(logits), 16):
-                    p, entropy = metrics.probabilities(logits[start : start + 16])
-                    for row, value in zip(p, entropy, strict=True):
-                        file.write(np.float64(value).tobytes())
-                        file.write(row.tobytes())
+                write_probabilities(file, logits)
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         for i in range(rounds):
             for way in WAYS if i % 2 == 0 else WAYS[::-1]:
                 with stored.open("rb") as file:
-                    reader = RowReader(file, size) if way == "kld" else None
+                    reader = ProbabilityRows(file, size) if way == "kld" else None
                     begin = time.perf_counter()
                     for position, logits, _ in engine.decode_window(context, window, wanted, size, UBATCH):
                         if way != "decode" and len(logits):
