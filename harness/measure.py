@@ -113,7 +113,7 @@ def score(
                         hidden = HiddenSource(tap, weights, check=i == 0) if tap and planned == HIDDEN else None
                         values, here, kld = _score_reference(decode, window, rows_path, planned, hidden)
                         if here != planned:
-                            n_bytes = reference_bytes(n_windows * n_scored, vocab_size, 0)[here]
+                            n_bytes = reference_bytes((n_windows - 1) * n_scored, vocab_size, 0)[here]
                             require_disk(cache.folder, n_bytes, LABELS[here])
                         cache.seal(rows_path, hidden_facts(here, kld) if form == HIDDEN else None)
                     elif not cache.holds(rows_path):

@@ -213,21 +213,21 @@ def granite() -> Family:
     return replace(base, architecture="granite", keys=base.keys | scales)
 
 
-@pytest.mark.parametrize("file_type", ["f16", "bf16", "f32"])
+UNTIED = llama("llama-untied", width=288, inner=416, tied=False)
+
+
 @pytest.mark.parametrize(
-    ("family", "kept"),
+    ("family", "file_type", "kept"),
     [
-        (llama("llama-untied", width=288, inner=416, tied=False), HIDDEN),
-        (gpt2(), HIDDEN),
-        (mamba(), HIDDEN),
-        (gemma2(), LOG_PROBS_16),
-        (granite(), LOG_PROBS_16),
+        *((UNTIED, file_type, HIDDEN) for file_type in ("f16", "bf16", "f32")),
+        (gpt2(), "f16", HIDDEN),
+        (mamba(), "f16", HIDDEN),
+        (gemma2(), "f16", LOG_PROBS_16),
+        (granite(), "f16", LOG_PROBS_16),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_all_forms_give_the_same_kld(tmp_path: Path, family: Family, kept: str, file_type: str) -> None:
-    if file_type != "f16" and family.name != "llama-untied":
-        pytest.skip("types of weights are the same for all families")
+def test_all_forms_give_the_same_kld(tmp_path: Path, family: Family, file_type: str, kept: str) -> None:
     source = write_family(family, tmp_path / "source.gguf")
     quantize(source, tmp_path / "reference.gguf", file_type, overrides={}, imatrix={}, n_threads=1)
     quantize(source, tmp_path / "variant.gguf", "q4_0", overrides={}, imatrix={}, n_threads=1)
@@ -267,6 +267,17 @@ def test_a_killed_reference_goes_on_window_by_window(
     np.testing.assert_array_equal(again.nll, truth.nll)
     for i, path in enumerate((first, second)):
         assert path.read_bytes() == probability_path(tmp_path / "whole" / "probabilities", i).read_bytes()
+
+
+def test_no_room_for_what_replaces_hidden_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = write_family(gemma2(), tmp_path / "reference.gguf")
+    needed = N_SCORED * (8 + 2 * N_VOCAB)  # of the second window; the first is there
+    monkeypatch.setattr("harness.reference.free_bytes", lambda _folder: needed - 1)
+    with pytest.raises(UserError, match="are needed for the reference's log-probabilities in 16 bits: make room"):
+        score(tmp_path / "small", reference, is_reference=True, form=HIDDEN)
+    assert not Cache(tmp_path / "small").holds(probability_path(tmp_path / "small" / "probabilities", 0))
+    monkeypatch.setattr("harness.reference.free_bytes", lambda _folder: needed)
+    score(tmp_path / "small", reference, is_reference=True, form=HIDDEN)
 
 
 @pytest.mark.parametrize("form", FORMS)
