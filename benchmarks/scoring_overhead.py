@@ -1,11 +1,11 @@
-"""What scoring costs over llama_decode alone, and the memory it takes: three ways of running one window, side by side.
+"""What scoring costs over llama_decode alone, and the memory it takes: ways of running one window, side by side.
 
     python benchmarks/scoring_overhead.py MODEL.gguf [ROUNDS] [--tools DIR --text FILE [--windows N]]
 
-decode: the logits are computed and left alone; nll: and each token's nll and likeliest token; kld: and the divergence
-from probabilities that were stored before (the model's own: what they are does not change the work). Rounds go forwards
-and backwards in turn. Prints medians, ratios with their range over the rounds, and peak memory beside the bound
-(the file, and 1.3 times the logits of one window).
+decode: the logits are computed and left alone; nll: and each token's nll and likeliest token; the others: and the
+divergence from a reference that was stored in that form (the model's own: what it says does not change the work).
+Rounds go forwards and backwards in turn. Prints medians, ratios with their range over the rounds, and peak memory and
+its bound (the file, 1.3 times the logits of one window, and 200 MB for the logits of hidden states).
 
 With --tools (those of benchmarks/llama_tools.py) also whole processes, loading included, in turn: N windows of the text
 scored as a reference and as a variant, by the harness and by llama-perplexity. Their perplexities must be the same.
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +29,15 @@ from benchmarks import llama_tools  # noqa: E402
 from benchmarks.common import Usage, compared, markdown, run_main, say  # noqa: E402
 from harness import metrics  # noqa: E402
 from harness.engine import model as engine  # noqa: E402
+from harness.engine.output import OutputTap, output_weights  # noqa: E402
 from harness.isolate import run_in_child  # noqa: E402
-from harness.measure import RowReader, default_first_scored, peak_rss_bytes, score  # noqa: E402
+from harness.kld_reference import FORMS, HIDDEN, WRITERS, open_rows  # noqa: E402
+from harness.measure import default_first_scored, peak_rss_bytes, score  # noqa: E402
 from harness.prompts import cut_windows  # noqa: E402
 from harness.record import physical_cores  # noqa: E402
 from harness.store import Cache  # noqa: E402
 
-N_TOKENS, UBATCH, WAYS = 2048, 128, ("decode", "nll", "kld")
+N_TOKENS, UBATCH, WAYS = 2048, 128, ("decode", "nll", *FORMS)
 PPL_TOLERANCE = 1e-4  # relative; llama-perplexity prints four decimals
 
 
@@ -43,43 +46,39 @@ def over_decode(path: Path, rounds: int) -> None:
     first = default_first_scored(N_TOKENS)
     wanted = np.zeros(N_TOKENS, bool)
     wanted[first - 1 : N_TOKENS - 1] = True
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        engine.open_model(path) as model,
-        engine.open_context(
-            model, n_ctx=N_TOKENS, ubatch_tokens=UBATCH, flash_attention=True, n_threads=physical_cores()
-        ) as context,
-    ):
+    tap, weights = OutputTap(), output_weights(path)
+    options = {"n_ctx": N_TOKENS, "ubatch_tokens": UBATCH, "flash_attention": True, "n_threads": physical_cores()}
+    with tempfile.TemporaryDirectory() as folder, engine.open_model(path) as model:
         size = engine.n_vocab(model)
         window = rng.integers(10, size - 10, N_TOKENS).astype(np.int32)
-        stored = Path(folder) / "window.p"
-        with stored.open("wb") as file:
+        stored = {form: Path(folder) / form for form in FORMS}
+        with engine.open_context(model, **options, eval_callback=tap.on_tensor) as context, ExitStack() as stack:
+            files = {form: stack.enter_context(target.open("wb")) for form, target in stored.items()}
             for _, logits, _ in engine.decode_window(context, window, wanted, size, UBATCH):
-                for start in range(0, len(logits), 16):
-                    p, entropy = metrics.probabilities(logits[start : start + 16])
-                    for row, value in zip(p, entropy, strict=True):
-                        file.write(np.float64(value).tobytes())
-                        file.write(row.tobytes())
+                for form, write in WRITERS.items():
+                    write(files[form], logits)
+                files[HIDDEN].write(tap.take().tobytes())
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-        for i in range(rounds):
-            for way in WAYS if i % 2 == 0 else WAYS[::-1]:
-                with stored.open("rb") as file:
-                    reader = RowReader(file, size) if way == "kld" else None
-                    begin = time.perf_counter()
-                    for position, logits, _ in engine.decode_window(context, window, wanted, size, UBATCH):
-                        if way != "decode" and len(logits):
-                            metrics.token_values(logits, window[position + 1 : position + 1 + len(logits)], reader)
-                    seconds[way].append(time.perf_counter() - begin)
+        with engine.open_context(model, **options) as context:
+            for i in range(rounds):
+                for way in WAYS if i % 2 == 0 else WAYS[::-1]:
+                    with stored.get(way, stored[HIDDEN]).open("rb") as file:
+                        reader = open_rows(file, way, size, weights) if way in FORMS else None
+                        begin = time.perf_counter()
+                        for position, logits, _ in engine.decode_window(context, window, wanted, size, UBATCH):
+                            if way != "decode" and len(logits):
+                                metrics.token_values(logits, window[position + 1 : position + 1 + len(logits)], reader)
+                        seconds[way].append(time.perf_counter() - begin)
     peak = peak_rss_bytes() or 0
     for way in WAYS:
         ratios = np.array(seconds[way]) / np.array(seconds["decode"]) - 1
         print(
-            f"{way:<7} median {np.median(seconds[way]):7.3f} s   over decode {100 * np.median(ratios):+6.2f} % "
+            f"{way:<13} median {np.median(seconds[way]):7.3f} s   over decode {100 * np.median(ratios):+6.2f} % "
             f"({100 * ratios.min():+.2f} to {100 * ratios.max():+.2f})"
         )
     logits_bytes = (N_TOKENS - first) * size * 4
-    bound = path.stat().st_size + 1.3 * logits_bytes
-    print(f"peak {peak / 1e6:.0f} MB; the file and 1.3 windows of logits are {bound / 1e6:.0f} MB")
+    bound = path.stat().st_size + 1.3 * logits_bytes + 200e6
+    print(f"peak {peak / 1e6:.0f} MB; the file, 1.3 windows of logits and 200 MB are {bound / 1e6:.0f} MB")
 
 
 def by_harness(path: Path, windows: np.ndarray, folder: Path, *, is_reference: bool) -> tuple[Usage, float]:

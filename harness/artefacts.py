@@ -11,6 +11,7 @@ from harness.errors import EngineError
 from harness.imatrix import load_imatrix, make_imatrix
 from harness.isolate import run_in_child
 from harness.measure import Scores, score
+from harness.plan_checks import form_findings
 from harness.progress import ProgressDisplay
 from harness.prompts import Windows
 from harness.quantize import make_variant, tensor_sha256, weights_sha256
@@ -148,6 +149,13 @@ def ensure_probabilities(sweep: Sweep, display: ProgressDisplay) -> None:
     ):
         score_case(sweep, case, folder, on_progress)
         shutil.rmtree(folder, ignore_errors=True)
+    say_form(sweep, display)
+
+
+def say_form(sweep: Sweep, display: ProgressDisplay) -> None:
+    """Warn where the reference, just scored, is kept in another form than was chosen."""
+    for finding in form_findings(sweep.kld_reference, sweep.kept_form):
+        display.say(f"warning: {finding.what}; {finding.why}")
 
 
 def score_case(sweep: Sweep, case: Case, windows_folder: Path, on_progress: Any) -> Scores:
@@ -164,6 +172,8 @@ def score_case(sweep: Sweep, case: Case, windows_folder: Path, on_progress: Any)
         ubatch_tokens=sweep.config.measure.ubatch_tokens,
         flash_attention=sweep.config.measure.flash_attention,
         n_threads=sweep.n_threads,
+        form=sweep.kld_reference,
+        reference_path=sweep.reference.path,
         log_path=sweep.log_path(case),
         on_progress=on_progress,
     )

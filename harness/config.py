@@ -6,6 +6,7 @@ from typing import Any
 
 from harness.errors import UserError, nearest
 from harness.ggml_types import ABORTS_WITHOUT_IMATRIX, FILE_TYPES, IMATRIX_MIN_ROWS, UNQUANTIZED, WEIGHT_TYPES
+from harness.kld_reference import FORMS
 from harness.record import MAY_DIFFER
 
 _MOST = 1 << 30  # of any count; beyond 32 bits llama.cpp would read another number
@@ -119,6 +120,8 @@ class MeasureConfig:
     first_scored: int | None = None  # first target that counts; null: n/2 + 1, as llama-perplexity
     ubatch_tokens: int = 128
     flash_attention: bool = True  # false for the architectures that llama.cpp cannot run with it
+    kld_reference: str = "auto"  # how the reference is kept: probabilities, log_probs_16, hidden; or the fastest ...
+    kld_reference_gib: float = 8.0  # ... that takes no more of the disk than this
     speed: bool = True  # time every variant in a pass of its own
     speed_rounds: int = 3  # rounds of that pass; in each every variant has its turn
     generate_tokens: int = 64  # tokens generated in each turn
@@ -169,6 +172,10 @@ def check(config: Config) -> None:
         raise UserError(f"quant.file_type={config.quant.file_type} is no file type of llama.cpp.{near}")
     _check_policy(config.policy)
     _check_asked_types(config.quant)
+    form = config.measure.kld_reference
+    if form not in ("auto", *FORMS):
+        near = nearest(form, ("auto", *FORMS))
+        raise UserError(f"measure.kld_reference={form} is no way to keep the reference.{near}")
     _check_numbers(config)
     for name, text in (("prompts", config.prompts), ("calibration", config.calibration)):
         if text.format not in (None, "text", "json", "parquet"):
@@ -248,6 +255,8 @@ def _check_numbers(config: Config) -> None:
         raise UserError(
             f"measure.layer_windows={config.measure.layer_windows}: there are {config.prompts.n_windows} windows"
         )
+    if not 0 <= config.measure.kld_reference_gib < 1e6:
+        raise UserError(f"measure.kld_reference_gib={config.measure.kld_reference_gib}: give GiB of disk from 0 on")
     if not 0 <= config.runtime.tensor_cache_gb < 1e6:
         raise UserError(
             f"runtime.tensor_cache_gb={config.runtime.tensor_cache_gb}: give gigabytes from 0 (keeps no tensors) on"

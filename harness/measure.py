@@ -1,15 +1,32 @@
 """Scores windows through the engine: per-token nll and KLD, timings. Runs in a child process."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
 from harness import metrics
 from harness.errors import EngineError
+from harness.kld_reference import (
+    HIDDEN,
+    LABELS,
+    LOG_PROBS_16,
+    MAX_HIDDEN_KLD,
+    PROBABILITIES,
+    WRITERS,
+    OutputWeights,
+    hidden_facts,
+    kept_form,
+    mean_divergence,
+    open_rows,
+    probability_path,
+    reference_bytes,
+)
 from harness.store import Cache, read_npz, write_atomic, write_npz
 
 _BROKEN_NLL = 700.0  # exp of it is close to the largest float64
@@ -48,69 +65,69 @@ def score(
     ubatch_tokens: int,
     flash_attention: bool,
     n_threads: int,
+    form: str = PROBABILITIES,
+    reference_path: Path | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> Scores:
     """Per-token values of the targets first_scored .. n-1 of each window.
 
     windows: int32 [n_windows, n]. Each finished window is stored in `window_folder`, and a window that is already
     there is not measured again. The reference writes its probabilities to `probability_folder` (in `cache`), a file a
-    window; the variants read them there. Raises EngineError on a model that gives no sensible probabilities.
+    window, in a `form` of `harness.kld_reference`; the variants read them there, and hidden states with the output
+    weights in the file `reference_path`. Raises EngineError on a model that gives no sensible probabilities, UserError
+    where hidden states do not give the logits and the disk has no room for those.
     """
     from harness.engine import model as engine
+    from harness.engine.output import OutputTap, output_weights
+    from harness.reference import require_disk
 
     n_windows, n = windows.shape
     # The logits at position i predict token i + 1; nothing is predicted from the last position.
     wanted = np.zeros(n, bool)
     wanted[first_scored - 1 : n - 1] = True
+    n_scored = n - first_scored
+    first_path = probability_path(probability_folder, 0)
+    weights = output_weights(reference_path) if form == HIDDEN and reference_path else None
+    tap = OutputTap() if is_reference and kept_form(cache, first_path, form) == HIDDEN else None
     begin = time.perf_counter()
     measured: list[dict[str, np.ndarray]] = []
     with engine.open_model(model_path, check_weights=is_reference) as model:
         load_s = time.perf_counter() - begin
         vocab_size = engine.n_vocab(model)
         with engine.open_context(
-            model, n_ctx=n, ubatch_tokens=ubatch_tokens, flash_attention=flash_attention, n_threads=n_threads
+            model,
+            n_ctx=n,
+            ubatch_tokens=ubatch_tokens,
+            flash_attention=flash_attention,
+            n_threads=n_threads,
+            eval_callback=tap.on_tensor if tap else None,
         ) as context:
             engine.warm_up(context)
             for i, window in enumerate(windows):
-                path, probabilities = window_path(window_folder, i), probability_path(probability_folder, i)
-                values = _read_window(path, n - first_scored)
-                if values is None or (is_reference and not cache.holds(probabilities)):
-                    batches = engine.decode_window(context, window, wanted, vocab_size, ubatch_tokens)
+                path, rows_path = window_path(window_folder, i), probability_path(probability_folder, i)
+                values = _read_window(path, n_scored)
+                if values is None or (is_reference and not cache.holds(rows_path)):
+                    decode = partial(engine.decode_window, context, window, wanted, vocab_size, ubatch_tokens)
                     if is_reference:
-                        values = _score_reference(batches, window, probabilities)
-                        cache.seal(probabilities)
-                    elif not cache.holds(probabilities):
-                        raise EngineError(f"{probabilities} is gone or was changed")
+                        planned = kept_form(cache, first_path, form)
+                        hidden = HiddenSource(tap, weights, check=i == 0) if tap and planned == HIDDEN else None
+                        values, here, kld = _score_reference(decode, window, rows_path, planned, hidden)
+                        if here != planned:
+                            n_bytes = reference_bytes((n_windows - 1) * n_scored, vocab_size, 0)[here]
+                            require_disk(cache.folder, n_bytes, LABELS[here])
+                        cache.seal(rows_path, hidden_facts(here, kld) if form == HIDDEN else None)
+                    elif not cache.holds(rows_path):
+                        raise EngineError(f"{rows_path} is gone or was changed")
                     else:
-                        with probabilities.open("rb") as file:
-                            values = _score_window(batches, window, RowReader(file, vocab_size))
+                        with rows_path.open("rb") as file:
+                            rows = open_rows(file, kept_form(cache, rows_path, form), vocab_size, weights)
+                            values = _score_window(decode(), window, rows)
                     write_npz(path, **values)
                 measured.append(values)
                 if on_progress:
                     on_progress((i + 1) / n_windows)
     stacked = {name: np.stack([values[name] for values in measured]) for name in measured[0]}
     return Scores(kld=stacked.pop("kld", None), **stacked, load_s=load_s, peak_rss_bytes=peak_rss_bytes())
-
-
-class RowReader:
-    """Reads a reference's probabilities in order, few rows at a time, into one buffer (the `ReferenceRows`).
-
-    A row of the file: sum(p ln p) as float64, then the vocabulary's probabilities as float32.
-    """
-
-    def __init__(self, file: BinaryIO, vocab_size: int) -> None:
-        self._file = file
-        self._row = np.dtype([("p_log_p", "<f8"), ("p", "<f4", (vocab_size,))])
-        self._buffer = np.empty(0, self._row)
-
-    def __call__(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next n rows; valid until the next call. Raises EngineError when the file ends before."""
-        if len(self._buffer) < n:
-            self._buffer = np.empty(n, self._row)
-        rows = self._buffer[:n]
-        if self._file.readinto(rows.view(np.uint8)) != rows.nbytes:  # type: ignore[attr-defined]
-            raise EngineError("the reference's probabilities end too early: delete the cache's folder `probabilities`")
-        return rows["p"], rows["p_log_p"]
 
 
 def _read_window(path: Path, n_scored: int) -> dict[str, np.ndarray] | None:
@@ -123,16 +140,6 @@ def _read_window(path: Path, n_scored: int) -> dict[str, np.ndarray] | None:
 def window_path(folder: Path, i: int) -> Path:
     """Stored per-token values of one window."""
     return folder / f"window_{i:05d}.npz"
-
-
-def probability_path(folder: Path, i: int) -> Path:
-    """Stored probabilities of the reference in one window."""
-    return folder / f"window_{i:05d}.p"
-
-
-def probability_bytes(n_windows: int, n_scored: int, vocab_size: int) -> int:
-    """Disk that the reference's probabilities take."""
-    return n_windows * n_scored * (8 + 4 * vocab_size)
 
 
 def default_first_scored(window_tokens: int) -> int:
@@ -161,21 +168,60 @@ def peak_rss_bytes() -> int | None:
 Batches = Iterable[tuple[int, np.ndarray, float]]  # first position, logits, seconds in llama_decode
 
 
-def _score_reference(batches: Batches, window: np.ndarray, target: Path) -> dict[str, Any]:
-    """Values of one window of the reference; its probabilities go to `target`."""
+class StateTap(Protocol):
+    """What takes the hidden states off the engine, see `harness.engine.output`."""
+
+    on: bool
+
+    def take(self) -> np.ndarray:
+        """Those since the last call, float32 [n, n_embd]."""
+
+
+class HiddenSource(NamedTuple):
+    """Where hidden states come from; with `check` they must give the reference's logits with its output weights."""
+
+    tap: StateTap
+    weights: OutputWeights | None
+    check: bool
+
+
+def _score_reference(
+    decode: Callable[[], Batches], window: np.ndarray, target: Path, form: str, hidden: HiddenSource | None
+) -> tuple[dict[str, Any], str, float | None]:
+    """Values of one window of the reference, which is kept in `target`; the form it has there; and where hidden states
+    are checked, the mean KL(reference || recomputed) in nats. Hidden states that fail are replaced by 16 bits a logit.
+    """
+    kld: list[float] = []
+
+    def write_states(file: BinaryIO, logits: np.ndarray) -> None:
+        assert hidden
+        states = hidden.tap.take()
+        file.write(states.tobytes())
+        if hidden.check:
+            mean = mean_divergence(logits, states, hidden.weights) if hidden.weights else math.inf
+            kld.extend([mean] * len(logits))
+        elif len(states) != len(logits):
+            raise EngineError(f"{len(states)} hidden states were found for {len(logits)} tokens")
+
+    if hidden:
+        values = _score_and_keep(decode(), window, target, write_states)
+        mean = float(np.mean(kld)) if kld else None
+        if mean is None or mean <= MAX_HIDDEN_KLD:
+            return values, HIDDEN, mean
+        hidden.tap.on = False
+        return _score_and_keep(decode(), window, target, WRITERS[LOG_PROBS_16]), LOG_PROBS_16, mean
+    return _score_and_keep(decode(), window, target, WRITERS[form]), form, None
+
+
+def _score_and_keep(
+    batches: Batches, window: np.ndarray, target: Path, write_rows: Callable[[BinaryIO, np.ndarray], None]
+) -> dict[str, Any]:
+    """Values of one window; what `write_rows` makes of its logits goes to `target`."""
     result: dict[str, Any] = {}
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-
-            def keep(logits: np.ndarray) -> None:
-                for start in range(0, len(logits), 16):
-                    p, p_log_p = metrics.probabilities(logits[start : start + 16])
-                    for row, entropy in zip(p, p_log_p, strict=True):
-                        file.write(np.float64(entropy).tobytes())
-                        file.write(row.tobytes())
-
-            result.update(_score_window(batches, window, None, keep))
+            result.update(_score_window(batches, window, None, partial(write_rows, file)))
 
     write_atomic(target, write)
     return result

@@ -149,6 +149,21 @@ def thread_findings(n_threads: int, environment: dict[str, Any]) -> list[Finding
     ]
 
 
+def form_findings(chosen: str, kept: str) -> list[Finding]:
+    """What was chosen to keep the reference for the KLD, and what had to be taken instead."""
+    if chosen == kept:
+        return []
+    return [
+        Finding(
+            "kld_reference",
+            f"the reference's logits cannot be recomputed from its hidden states, it is kept as {kept} instead",
+            "this architecture changes the logits after the output projection, or llama.cpp multiplies otherwise; the "
+            "KLD stays right, but takes more of the disk",
+            f"say measure.kld_reference={kept} from the start",
+        )
+    ]
+
+
 def overlap_findings(share: float | None, limit: float) -> list[Finding]:
     """What calibration and evaluation text share, in 13-grams of tokens; None when it is not known."""
     if share is None:

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from harness import cost, plan_checks
+from harness.kld_reference import FORMS, HIDDEN, LABELS, LOG_PROBS_16, PROBABILITIES, reference_bytes
 from harness.mixture import Mixture, plain_overrides
 from harness.plan import STANDARD_RULE, Plan, TensorPlan
 from harness.sweep import Sweep
@@ -107,13 +108,26 @@ def disk_lines(sweep: Sweep) -> list[str]:
     """The most that a sweep will take of the cache's disk at one time; nothing where it takes nothing."""
     parts = {
         "quantized files": sweep.file_bytes_at_once,
-        "the reference's probabilities": sweep.missing_probability_bytes,
+        LABELS[sweep.kept_form]: sweep.missing_probability_bytes,
         "tensors for later use": sweep.new_tensor_bytes,
     }
     if not any(parts.values()):
         return []
     said = ", ".join(f"{what} {cost.file_size(n_bytes)}" for what, n_bytes in parts.items() if n_bytes)
-    return [f"disk: at most {cost.file_size(sum(parts.values()))} more at one time ({said})"]
+    lines = [f"disk: at most {cost.file_size(sum(parts.values()))} more at one time ({said})"]
+    if sweep.kld_reference != PROBABILITIES and sweep.missing_probability_bytes:
+        lines.append(_form_line(sweep))
+    return lines
+
+
+def _form_line(sweep: Sweep) -> str:
+    """In which form the reference is kept, and what the other ones would take."""
+    n_windows, n = sweep.prompts.tokens.shape
+    n_rows, reference = n_windows * (n - sweep.first_scored), sweep.reference
+    n_bytes = reference_bytes(n_rows, reference.vocab_size, reference.n_embd)
+    sizes = ", ".join(f"{form} {cost.file_size(n_bytes[form])}" for form in FORMS)
+    instead = f"; {LOG_PROBS_16} where the logits do not follow from them" if sweep.kept_form == HIDDEN else ""
+    return f"the reference is kept as {sweep.kept_form} ({sizes}{instead})"
 
 
 def _groups(plan: Plan) -> list[list[TensorPlan]]:

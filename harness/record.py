@@ -18,6 +18,7 @@ import numpy as np
 
 from harness import __version__
 from harness.errors import UserError, nearest
+from harness.kld_reference import PROBABILITIES
 from harness.record_check import record_flaw
 from harness.store import read_json, read_npz, sha256_file, write_json, write_npz
 
@@ -39,6 +40,7 @@ COMPARABLE = (
     "settings.ubatch_tokens",
     "settings.flash_attention",
     "settings.threads",
+    "settings.kld_reference",
     "versions.metrics",
     "versions.llama_cpp_python",
 )
@@ -49,8 +51,10 @@ MAY_DIFFER = (
     "settings.ubatch_tokens",
     "settings.flash_attention",
     "settings.threads",
+    "settings.kld_reference",
     "versions.llama_cpp_python",
 )
+_WHEN_ABSENT = {"settings.kld_reference": PROBABILITIES}
 
 
 class NewerRecordError(UserError):
@@ -251,7 +255,7 @@ def first_difference(records: Iterable[dict[str, Any]], allowed: Collection[str]
     records = list(records)
     for name in (name for name in COMPARABLE if name not in allowed):
         compared = [data for data in records if name != "calibration.id" or data["mode"] != "reference"]
-        values = [field(data, name) for data in compared]
+        values = [_WHEN_ABSENT.get(name) if (value := field(data, name)) is None else value for data in compared]
         for value in values[1:]:
             if value != values[0]:
                 return name, values[0], value

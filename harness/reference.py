@@ -37,6 +37,12 @@ class Reference:
         """Tokens in the vocabulary: rows of the embeddings."""
         return next((t.shape[1] for t in self.info.tensors if t.name == "token_embd.weight"), 0)
 
+    @property
+    def n_embd(self) -> int:
+        """Numbers that the output projection takes for a token: the width of its rows."""
+        rows = {t.name: t.shape[0] for t in self.info.tensors if t.name in ("output.weight", "token_embd.weight")}
+        return rows.get("output.weight", rows.get("token_embd.weight", 0))
+
     def is_unchanged(self, cache: Cache) -> bool:
         """Whether the file is still the one that was resolved. Quick when nobody touched it."""
         try:

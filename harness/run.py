@@ -12,10 +12,12 @@ from harness.artefacts import (
     ensure_probabilities,
     ensure_variant,
     require_unchanged,
+    say_form,
     score_case,
 )
 from harness.cpu import chosen_features, cpu_features, engine_facts
 from harness.errors import EngineError, some
+from harness.kld_reference import PROBABILITIES
 from harness.layers import measure_layers
 from harness.progress import ProgressDisplay
 from harness.record import SCHEMA_VERSION, environment, read_record, utc_now, write_record
@@ -104,6 +106,8 @@ def _measure(sweep: Sweep, case: Case, display: ProgressDisplay) -> tuple[dict[s
     with display.step(f"{case.name}: scoring", sweep.score_s(case)) as on_progress:
         scores = score_case(sweep, case, sweep.windows_folder(case), on_progress)
     require_unchanged(sweep)
+    if case is sweep.reference_case:
+        say_form(sweep, display)
     timings = {
         "quantize_s": made.get("quantize_s"),
         "load_s": scores.load_s,
@@ -130,6 +134,7 @@ def _record(sweep: Sweep, case: Case, begun: dict[str, Any], covered: Coverage) 
     plan, calibration = case.plan, sweep.calibration if case.plan.file_type else None
     findings = plan_checks.plan_findings(plan) + plan_checks.reference_findings(sweep.reference.describe())
     findings += plan_checks.thread_findings(sweep.n_threads, begun)
+    findings += plan_checks.form_findings(sweep.kld_reference, sweep.kept_form)
     if calibration:
         findings += plan_checks.overlap_findings(calibration.overlap, calibration.max_overlap)
         findings += plan_checks.coverage_findings(plan, covered.tensors) + plan_checks.expert_findings(
@@ -174,8 +179,18 @@ def _record(sweep: Sweep, case: Case, begun: dict[str, Any], covered: Coverage) 
             "ubatch_tokens": sweep.config.measure.ubatch_tokens,
             "flash_attention": sweep.config.measure.flash_attention,
             "threads": sweep.n_threads,
+            **_form_settings(sweep),
         },
         "versions": {"metrics": metrics.VERSION, "llama_cpp_python": sweep.engine_version},
         "environment": begun,
         "findings": [finding.to_json() for finding in findings],
     }
+
+
+def _form_settings(sweep: Sweep) -> dict[str, str]:
+    """How the reference was kept, unless as probabilities; and what was taken instead where that would not do."""
+    if sweep.kld_reference == PROBABILITIES:
+        return {}
+    kept = sweep.kept_form
+    instead = {} if kept == sweep.kld_reference else {"kld_reference_kept": kept}
+    return {"kld_reference": sweep.kld_reference, **instead}

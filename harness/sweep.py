@@ -17,8 +17,9 @@ from harness.errors import EngineError, UserError
 from harness.ggml_types import PINNED_VERSION, UNQUANTIZED
 from harness.imatrix import load_imatrix
 from harness.isolate import run_in_child
+from harness.kld_reference import LABELS, PROBABILITIES, choose_form, kept_form, probability_path, reference_bytes
 from harness.like import with_copied_types
-from harness.measure import default_first_scored, probability_bytes, probability_path
+from harness.measure import default_first_scored
 from harness.mixture import plain_file_type, standard_mixture
 from harness.passes import SPEED_UBATCH_TOKENS, looked_at, read_layers, read_speed
 from harness.paths import cache_dir, user_path
@@ -69,6 +70,7 @@ class Sweep:
     n_threads: int
     first_scored: int
     engine_version: str
+    kld_reference: str  # how the reference is kept for the KLD, a form of harness.kld_reference
 
     @cached_property
     def open_cases(self) -> tuple[Case, ...]:
@@ -175,7 +177,7 @@ class Sweep:
 
     @property
     def probability_folder(self) -> Path:
-        """Where the reference's probabilities are, a file a window."""
+        """Where the reference's probabilities are (or what gives them), a file a window."""
         key = key_of(
             self.reference.id,
             self.prompts.key,
@@ -184,15 +186,24 @@ class Sweep:
             self.config.measure.flash_attention,
             metrics.VERSION,
             self.engine_version,
+            *form_key(self.kld_reference),
         )
         return self.cache.folder / "probabilities" / key
+
+    @property
+    def kept_form(self) -> str:
+        """`kld_reference`, or what was taken instead where hidden states did not give the reference's logits."""
+        return kept_form(self.cache, probability_path(self.probability_folder, 0), self.kld_reference)
 
     @property
     def missing_probability_bytes(self) -> int:
         """Disk that the reference's probabilities will still take."""
         n_windows, n = self.prompts.tokens.shape
         missing = sum(not self.cache.holds(probability_path(self.probability_folder, i)) for i in range(n_windows))
-        return probability_bytes(missing, n - self.first_scored, self.reference.vocab_size) if self.open_cases else 0
+        n_rows = missing * (n - self.first_scored)
+        reference = self.reference
+        n_bytes = reference_bytes(n_rows, reference.vocab_size, reference.n_embd)[self.kept_form]
+        return n_bytes if self.open_cases else 0
 
     @property
     def source_types(self) -> dict[str, str]:
@@ -350,6 +361,12 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
         ) from error
 
     first_scored = config.measure.first_scored or default_first_scored(n_ctx)
+    n_rows = len(prompts.tokens) * (n_ctx - first_scored)
+    form = choose_form(
+        config.measure.kld_reference,
+        config.measure.kld_reference_gib,
+        reference_bytes(n_rows, reference.vocab_size, reference.n_embd),
+    )
 
     def case_of(plan: Plan) -> Case:
         key = key_of(
@@ -363,6 +380,7 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
             n_threads,
             metrics.VERSION,
             engine_version,
+            *form_key(form),
         )
         return Case(plan, key, record_path(folder, plan.quant, mode_label(plan.mode, plan.policy), key))
 
@@ -380,11 +398,17 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
         n_threads,
         first_scored,
         engine_version,
+        form,
     )
     if with_reference:
         _require_same_settings(sweep)
         _require_room(sweep)
     return sweep
+
+
+def form_key(form: str) -> list[str]:
+    """What of a key tells the form; nothing for probabilities, the only one that older keys know."""
+    return [] if form == PROBABILITIES else [form]
 
 
 def _engine_version() -> str:
@@ -522,6 +546,7 @@ def _require_same_settings(sweep: Sweep) -> None:
             "ubatch_tokens": sweep.config.measure.ubatch_tokens,
             "flash_attention": sweep.config.measure.flash_attention,
             "threads": sweep.n_threads,
+            "kld_reference": sweep.kld_reference,
         },
         "versions": {"metrics": metrics.VERSION, "llama_cpp_python": sweep.engine_version},
     }
@@ -537,7 +562,7 @@ def _require_same_settings(sweep: Sweep) -> None:
 def _require_room(sweep: Sweep) -> None:
     needed = sweep.file_bytes_at_once + sweep.missing_probability_bytes  # tensors are kept where there is room beside
     if needed:
-        require_disk(sweep.cache.folder, needed, "the quantized variants and the reference's probabilities")
+        require_disk(sweep.cache.folder, needed, f"the quantized variants and {LABELS[sweep.kept_form]}")
 
 
 def _require_context(config: Config, reference: Reference) -> None:

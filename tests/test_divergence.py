@@ -8,16 +8,16 @@ import pytest
 
 from harness import metrics
 from harness.errors import EngineError
-from harness.measure import RowReader, probability_bytes
+from harness.kld_reference import ProbabilityRows, reference_bytes
 
 
-def reader(logits: np.ndarray) -> tuple[RowReader, io.BytesIO]:
+def reader(logits: np.ndarray) -> tuple[ProbabilityRows, io.BytesIO]:
     """The reference's rows as `score` stores them."""
     p, p_log_p = metrics.probabilities(logits)
     data = b"".join(np.float64(e).tobytes() + row.tobytes() for row, e in zip(p, p_log_p, strict=True))
-    assert len(data) == probability_bytes(1, *logits.shape)
+    assert len(data) == reference_bytes(*logits.shape, 0)["probabilities"]
     file = io.BytesIO(data)
-    return RowReader(file, logits.shape[1]), file
+    return ProbabilityRows(file, logits.shape[1]), file
 
 
 def naive_kld(reference: np.ndarray, variant: np.ndarray) -> list[float]:
