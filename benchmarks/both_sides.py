@@ -64,10 +64,10 @@ def resolve(overrides: list[str]) -> Inputs:
     """In a child: fetches and derives what is not there yet. Raises UserError."""
     from harness.compose import configs_of_sweep
     from harness.cpu import cpu_features, engine_facts
+    from harness.prepare import prepare
     from harness.recipes import recipe_text
     from harness.record import environment, mode_label
     from harness.sources import text_file
-    from harness.sweep import prepare
 
     sweep = prepare(configs_of_sweep(overrides), say, with_reference=False)
     config, facts = sweep.config, engine_facts(sweep.cache)

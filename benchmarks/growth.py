@@ -34,7 +34,7 @@ Rounds = dict[str, list[dict[str, Usage]]]  # by row: what the steps of each rou
 def planned(overrides: list[str]) -> dict[str, Any]:
     """In a child: share of the work that is left when nothing is quantized twice, sizes, what to link."""
     from harness.compose import configs_of_sweep
-    from harness.sweep import prepare
+    from harness.prepare import prepare
 
     sweep = prepare(configs_of_sweep(overrides), say, with_reference=False)
     return {

@@ -27,12 +27,12 @@ from harness.imatrix import read_imatrix, write_imatrix  # noqa: E402
 from harness.isolate import run_in_child  # noqa: E402
 from harness.measure import peak_rss_bytes  # noqa: E402
 from harness.plan import Plan  # noqa: E402
+from harness.prepare import prepare  # noqa: E402
 from harness.provenance import IMATRIX_ENTRIES  # noqa: E402
 from harness.quantize import make_variant  # noqa: E402
 from harness.record import environment  # noqa: E402
 from harness.reference import Reference  # noqa: E402
 from harness.store import sha256_file, write_json  # noqa: E402
-from harness.sweep import prepare  # noqa: E402
 
 TYPES = "q8_0,q4_0,q4_k_m,q3_k_m,iq4_xs,iq3_s,iq2_xs,iq1_m"
 

@@ -449,7 +449,7 @@ def _doctor(overrides: list[str]) -> int:
 
 
 def _prepare(configs: list["Config"], *, with_reference: bool = True) -> "Sweep":
-    from harness.sweep import prepare
+    from harness.prepare import prepare
 
     return prepare(configs, lambda text: print(text, file=sys.stderr, flush=True), with_reference=with_reference)
 

@@ -70,7 +70,7 @@ def refused(cli: Cli, folders: list[str], no_work: None) -> Refused:
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Config], bool]]:
     """What `prepare` would have been called with; it refuses, so that nothing is fetched or measured."""
-    import harness.sweep
+    import harness.prepare
 
     calls: list[tuple[list[Config], bool]] = []
 
@@ -78,7 +78,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Config], bool]]
         calls.append((list(configs), with_reference))
         raise UserError("stopped by the test")
 
-    monkeypatch.setattr(harness.sweep, "prepare", stop)
+    monkeypatch.setattr(harness.prepare, "prepare", stop)
     return calls
 
 
@@ -414,7 +414,7 @@ def test_a_plan_has_no_reference(refused: Refused, prepared: list[Any]) -> None:
 
 def test_cases_of_the_same_inputs_make_one_sweep(cli: Cli, folders: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Quant, mode and policy make cases; everything else makes a sweep of its own."""
-    import harness.sweep
+    import harness.prepare
 
     groups: list[list[Config]] = []
 
@@ -425,7 +425,7 @@ def test_cases_of_the_same_inputs_make_one_sweep(cli: Cli, folders: list[str], m
         groups.append(list(configs))
         return Nothing()
 
-    monkeypatch.setattr(harness.sweep, "prepare", prepare)
+    monkeypatch.setattr(harness.prepare, "prepare", prepare)
     arguments = ["quant=iq1_m,iq2_s", "prompts.n_windows=1,2", "policy=dynamicgate,none"]
     assert cli("plan", *arguments, *folders)[0] == 0
     assert [[(one.prompts.n_windows, one.quant.name, one.policy.name) for one in group] for group in groups] == [
@@ -434,12 +434,12 @@ def test_cases_of_the_same_inputs_make_one_sweep(cli: Cli, folders: list[str], m
 
 
 def test_a_stop_is_told_and_has_its_own_code(cli: Cli, monkeypatch: pytest.MonkeyPatch, folders: list[str]) -> None:
-    import harness.sweep
+    import harness.prepare
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(harness.sweep, "prepare", interrupted)
+    monkeypatch.setattr(harness.prepare, "prepare", interrupted)
     code, out, err = cli("sweep", "quant=iq1_m", *folders)
     assert (code, out, err.count("\n")) == (130, "", 1)
     assert "stopped" in err

@@ -650,7 +650,7 @@ def version(found: str | None) -> Make:
         return found
 
     def make(world: World) -> Sequence[str]:
-        world.monkeypatch.setattr("harness.sweep.version", answer)
+        world.monkeypatch.setattr("harness.prepare.version", answer)
         return []
 
     return make

@@ -29,11 +29,12 @@ from harness.kld_reference import (
     reference_bytes,
 )
 from harness.plan_view import sweep_summary
+from harness.prepare import prepare
 from harness.progress import ProgressDisplay
 from harness.record import read_records
 from harness.run import run
 from harness.store import Cache, key_of
-from harness.sweep import Sweep, prepare
+from harness.sweep import Sweep
 from tests.tiny_architectures import Family, gemma2, gpt2, llama, mamba, write_family
 from tests.tiny_model import N_VOCAB
 

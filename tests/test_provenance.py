@@ -14,9 +14,9 @@ from harness.engine.quantize import quantize, standard_types
 from harness.header import GgufInfo
 from harness.imatrix import write_imatrix
 from harness.plan import Plan, padded
+from harness.prepare import prepare
 from harness.provenance import KEYS, imatrix_metadata, kv_bytes, with_provenance
 from harness.quantize import make_variant
-from harness.sweep import prepare
 
 
 def plan(quant: str = "q8_0", mode: str = "standard", policy: str | None = None) -> Plan:

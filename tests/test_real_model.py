@@ -11,8 +11,8 @@ from harness.compose import compose
 from harness.engine.collect import Activations
 from harness.engine.quantize import quantize
 from harness.imatrix import read_imatrix, write_imatrix
+from harness.prepare import prepare
 from harness.quantize import make_variant
-from harness.sweep import prepare
 
 # llama-perplexity -c 2048 -b 2048 --chunks 4, built from the same llama.cpp; the files quantized without imatrix. The
 # divergences are from --kl-divergence, whose reference is rounded to 16 bits, so they agree within the printed error.

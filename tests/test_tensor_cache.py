@@ -18,10 +18,11 @@ from harness.cache_view import cache_text, parse_size
 from harness.compose import compose
 from harness.errors import EngineError, UserError
 from harness.plan import TensorPlan
+from harness.prepare import prepare
 from harness.quantize import make_variant, tensor_sha256, weights_sha256
 from harness.record import Record, read_records
 from harness.store import Cache, sha256_file
-from harness.sweep import Sweep, prepare
+from harness.sweep import Sweep
 from harness.tensor_cache import Hashes, TensorCache, entries, prune
 from harness.work import quantizing_s
 
