@@ -130,6 +130,7 @@ USAGE = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code."""
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # what the terminal's encoding lacks is no reason to lose a table
             stream.reconfigure(errors="replace")
@@ -161,22 +162,37 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
     except EngineError as error:  # of what a whole sweep stands on; a failed case is recorded and the sweep goes on
-        print(f"error: {error.with_log}", file=sys.stderr)
+        _say(f"error: {error.with_log}")
         return 1
     except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
         _forget_output()
         return 1
     except OSError as error:  # a full disk, a folder that refuses: no other case would fare better
-        print(f"error: {disk_error(error)}", file=sys.stderr)
+        _say(f"error: {disk_error(error)}")
         if not error.filename:
             _forget_output()
         return 1
     except KeyboardInterrupt:
-        print("stopped; what was measured is kept, the same command goes on from there", file=sys.stderr)
+        _say("stopped; what was measured is kept, the same command goes on from there")
         return 130
+
+
+def _open_standard_streams() -> None:
+    """A caller may have closed them: then pipes to children would get their numbers."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+
+
+def _say(text: str) -> None:
+    """To stderr, if it takes it: the exit code tells the rest."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _forget_output() -> None:

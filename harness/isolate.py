@@ -75,18 +75,23 @@ def run_in_child(
 @contextmanager
 def deaf_to_ctrl_c() -> Iterator[None]:
     """Processes that are started inside take no Ctrl-C from their first moment on: it reaches the whole group, and the
-    parent decides. One that comes meanwhile waits for the parent to leave."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
+    parent decides. One that comes meanwhile waits until the parent leaves: half a start is a traceback of the child."""
+    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
+        yield  # Windows has no such mask, and only the main thread may set a handler
         return
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()  # started inside, it would let Ctrl-C through again
+    came: list[int] = []  # the mask is the child's; here another thread may still take the signal
+    handler = signal.signal(signal.SIGINT, lambda number, _frame: came.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def log_tail(path: Path, n_lines: int = _TAIL_LINES) -> list[str]:

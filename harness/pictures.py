@@ -105,7 +105,8 @@ def drawing(n_records: int, folder: Path, formats: Sequence[str]) -> Iterator[Dr
             def draw(drawn: Iterable[Picture]) -> list[Picture]:
                 handed = []
                 for one in drawn:  # drawn may be a generator: the first is begun before the next has its figures
-                    begun.append(pool.submit(save, one))
+                    with deaf_to_ctrl_c():  # the first ones start the processes
+                        begun.append(pool.submit(save, one))
                     handed.append(one)
                 return handed
 

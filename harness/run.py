@@ -1,6 +1,7 @@
 """Does the work of a prepared sweep: every case quantized, scored and recorded, then layers and speed."""
 
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ def run(sweep: Sweep, display: ProgressDisplay) -> list[str]:
     for folder in (sweep.folder, sweep.cache.folder):
         remove_leftovers(folder)
     if sweep.finished:
+        _pin_variants(sweep, sweep.cases)
         return []
     facts = engine_facts(sweep.cache)
     features = chosen_features(cpu_features(facts["system_info"]), sweep.config.runtime.cpu_features)
@@ -52,10 +54,9 @@ def run(sweep: Sweep, display: ProgressDisplay) -> list[str]:
         failures.append(f"somebody deleted records from {sweep.folder} ({names}): the same command measures them again")
     failures += measure_layers(sweep, display)
     failures += measure_speed(sweep, {**environment(engine), "begun_utc": utc_now()}, display)
-    for case in (one for one in sweep.cases if one.plan.file_type):
-        if sweep.config.runtime.keep_variants:
-            sweep.cache.pin(sweep.variant_path(case))
-        else:
+    _pin_variants(sweep, sweep.cases)
+    if not sweep.config.runtime.keep_variants:
+        for case in sweep.cases:
             _remove_variant(sweep, case)
     return failures
 
@@ -88,6 +89,7 @@ def _work_on(
         write_record(case.record_path, _record(sweep, case, begun, covered) | result, per_token)
         if result["status"] == "ok":
             shutil.rmtree(sweep.windows_folder(case), ignore_errors=True)
+        _pin_variants(sweep, [case])
         if not sweep.keeps_variants:
             _remove_variant(sweep, case)
     return failures
@@ -118,6 +120,13 @@ def _measure(sweep: Sweep, case: Case, display: ProgressDisplay) -> tuple[dict[s
     quantizing = {name: n for name, n in made.items() if name != "quantize_s"} or None
     result = {"status": "ok", "timings": timings, "quantizing": quantizing, "peak_rss_bytes": scores.peak_rss_bytes}
     return result, scores.per_token
+
+
+def _pin_variants(sweep: Sweep, cases: Sequence[Case]) -> None:
+    """Where the files are to be kept, later sweeps shall not remove them."""
+    if sweep.config.runtime.keep_variants:
+        for case in (one for one in cases if one.plan.file_type):
+            sweep.cache.pin(sweep.variant_path(case))
 
 
 def _remove_variant(sweep: Sweep, case: Case) -> None:

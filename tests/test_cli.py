@@ -151,6 +151,25 @@ def _closed() -> None:
     os.close(1)
 
 
+def _without_input_and_output() -> None:
+    os.closerange(0, 2)
+
+
+def test_a_sweep_runs_without_standard_streams(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """Pipes to children would otherwise get their numbers, and be taken for the log."""
+    command = [sys.executable, "-m", "harness", "sweep", "quant=q4_0", "mode=standard", *tiny_overrides]
+    result = subprocess.run(  # no threads are running here
+        command, stderr=subprocess.PIPE, text=True, check=False, preexec_fn=_without_input_and_output
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_errors_that_nobody_can_read_keep_their_exit_code() -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run([sys.executable, "-m", "harness", "audit", "/no/such"], stderr=full, check=False)
+    assert result.returncode == 2
+
+
 @pytest.mark.parametrize("words", [["--help"], ["sweep", "--help"], ["cache"]])
 def test_output_that_cannot_be_written_is_one_line(words: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "harness", *words]
