@@ -5,6 +5,7 @@ import os
 import re
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,19 +196,23 @@ def test_prune_leaves_the_most_recently_used(kept: TensorCache) -> None:
     assert entries(kept.cache) == []
 
 
-@pytest.fixture
+@contextmanager
 def no_large_files() -> Iterator[None]:
-    """A file may grow to 1,000 bytes, as on a disk that is nearly full."""
+    """A file may grow to 1,000 bytes, as on a disk that is nearly full. Not a fixture: it would hold for pytest's own
+    output too, which may go to a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_without_room_for_an_entry_the_data_are_handed_on(kept: TensorCache, no_large_files: None) -> None:
+def test_without_room_for_an_entry_the_data_are_handed_on(kept: TensorCache) -> None:
     data = bytes(range(250)) * 20
-    assert put(kept, "large", data) == data and entries(kept.cache) == []
-    assert put(kept, "small", data[:900]) == data[:900] and got(kept, "small", 900) == data[:900]
+    with no_large_files():
+        assert put(kept, "large", data) == data and entries(kept.cache) == []
+        assert put(kept, "small", data[:900]) == data[:900] and got(kept, "small", 900) == data[:900]
 
     def refuse(block: bytes) -> None:
         raise OSError("of the file beside the entry")
