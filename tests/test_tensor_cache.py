@@ -422,6 +422,8 @@ def test_a_disk_with_room_for_the_files_alone_keeps_no_tensors(
     tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases = ["quant=q4_k_s,q4_k_m", "mode=standard", *tiny_overrides, "calibration.enabled=false"]
+    monkeypatch.setattr("harness.sweep.free_bytes", lambda folder: 10**12)
+    monkeypatch.setattr("harness.sweep.disk_bytes", lambda folder: 2 * 10**12)
     sweep = prepared(*cases)
     assert sweep.tensor_cache.limit_bytes == 20e9
     planned = [t for case in sweep.cases for t in case.plan.quantizable]
