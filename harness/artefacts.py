@@ -159,7 +159,7 @@ def say_form(sweep: Sweep, display: ProgressDisplay) -> None:
 
 
 def score_case(sweep: Sweep, case: Case, windows_folder: Path, on_progress: Any) -> Scores:
-    """Score one case. Windows that were finished before are taken from `windows_folder`."""
+    """Score the sweep's windows of one case. Those that were finished before are taken from `windows_folder`."""
     scores: Scores = run_in_child(
         score,
         sweep.variant_path(case),
@@ -174,6 +174,7 @@ def score_case(sweep: Sweep, case: Case, windows_folder: Path, on_progress: Any)
         n_threads=sweep.n_threads,
         form=sweep.kld_reference,
         reference_path=sweep.reference.path,
+        only=sweep.shard_windows,
         log_path=sweep.log_path(case),
         on_progress=on_progress,
     )

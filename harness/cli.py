@@ -20,6 +20,7 @@ from harness.compose import (
     presets,
     require_quant,
     setting_names,
+    split_launcher,
     with_quant,
 )
 from harness.errors import EngineError, UserError, disk_error, nearest
@@ -58,6 +59,7 @@ overrides that matter (any value may be a list a,b,c; `python -m harness sweep -
   measure.speed=false          leave out the timing pass; measure.layers=true: compare every layer with the reference
   runtime.threads=2            default: the physical cores; runtime=card_cpu: 6 threads and AVX2, as published cards say
   results.dir=results          where results go; results.name=NAME for the folder in it
+  hydra/launcher=ray           give the cases to a Ray cluster; submitit_slurm: to a SLURM queue (docs/scaling.md)
 
 examples
   python -m harness sweep quant=iq1_m,iq2_s
@@ -204,14 +206,21 @@ def _forget_output() -> None:
 def _sweep(overrides: list[str]) -> int:
     from rich.console import Console
 
+    from harness.apart import run_apart
+    from harness.launchers import launcher_name
     from harness.plan_view import sweep_summary
     from harness.progress import ProgressDisplay
     from harness.report import write_report
     from harness.run import run
 
     console = Console()
-    configs = configs_of_sweep(overrides)
-    sweeps = [_prepare(group) for group in _by_inputs(configs)]
+    of_launcher, overrides = split_launcher(overrides)
+    launcher = launcher_name(of_launcher)
+    groups = _by_inputs(configs_of_sweep(overrides))
+    shard = groups[0][0].measure.shard
+    if shard and shard.startswith("all/") and not launcher:
+        raise UserError(f"measure.shard={shard} needs hydra/launcher=ray or another; here give one part, such as 1/4")
+    sweeps = [_prepare(group) for group in groups]
     for i, sweep in enumerate(sweeps):
         if sweep.folder in [other.folder for other in sweeps[:i]]:
             raise UserError(
@@ -220,11 +229,14 @@ def _sweep(overrides: list[str]) -> int:
             )
     failures: list[str] = []
     # Everything is checked for every group of inputs before the first of them is measured.
-    for sweep in sweeps:
+    for group, sweep in zip(groups, sweeps, strict=True):
         console.print(f"{sweep.reference.name} -> {sweep.folder}", highlight=False, markup=False)
         console.print(sweep_summary(sweep), highlight=False, markup=False)
         with ProgressDisplay(console, sweep.estimate_s) as display:
-            failures += run(sweep, display)
+            failures += run_apart(sweep, group, of_launcher, display) if launcher else run(sweep, display)
+        if sweep.config.measure.shard and not any(case.done for case in sweep.cases):
+            print(_shard_text(sweep))
+            continue
         allowed = sweep.config.results.allow_different
         report = write_report(sweep.folder, [case.key for case in sweep.cases], allowed)
         print(f"\n{report.text}")
@@ -232,6 +244,13 @@ def _sweep(overrides: list[str]) -> int:
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _shard_text(sweep: "Sweep") -> str:
+    return (
+        f"part {sweep.config.measure.shard} of the windows is scored; when all parts are in one cache "
+        f"({sweep.cache.folder / 'scores'}), the same command without measure.shard makes the records of them"
+    )
 
 
 def _plan(arguments: list[str]) -> int:

@@ -2,7 +2,9 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 GROUPS = ("model", "prompts", "calibration", "quant", "mode", "policy", "measure", "runtime")
 PATH_SETTINGS = ("path", "file", "dir", "cache_dir", "imatrix", "filename")
 CASE_GROUPS = ("quant", "mode", "policy")  # what makes a case; everything else is shared by a sweep
+LAUNCHERS = ("ray", "submitit_local", "submitit_slurm")
 DEFAULT_MODES = "mode=standard,dynamicgate"
 
 
@@ -127,6 +130,83 @@ def configs_of_sweep(overrides: list[str]) -> list["Config"]:
     return compose(overrides)
 
 
+def config_from(plain: Mapping[str, Any]) -> "Config":
+    """A configuration of what `dataclasses.asdict` made of one."""
+    from omegaconf import OmegaConf
+
+    from harness.config import Config
+
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[return-value]
+
+
+def split_launcher(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides of the launcher (hydra/launcher=..., hydra.launcher...), and the others."""
+    of_launcher = [one for one in overrides if one.startswith(("hydra/launcher", "hydra.launcher."))]
+    for one in overrides:
+        if one.startswith("hydra") and one not in of_launcher:
+            raise UserError(f"{one}: of Hydra's own settings only hydra/launcher= and hydra.launcher. mean something")
+    return of_launcher, [one for one in overrides if one not in of_launcher]
+
+
+def launcher_settings(overrides: Sequence[str], request: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the launcher that the overrides choose, resolved. request: of conf/launch.yaml.
+
+    Raises UserError on unknown launchers and settings.
+    """
+    from omegaconf import OmegaConf
+
+    with _launch_config(overrides, request) as (_, config):
+        return OmegaConf.to_container(config.hydra.launcher, resolve=True)  # type: ignore[return-value]
+
+
+def launch(
+    overrides: Sequence[str], request: Mapping[str, Any], n_jobs: int, work: Callable[[Any], Any]
+) -> list[dict[str, Any] | Exception]:
+    """What `work` returned for the jobs 0 .. n_jobs - 1, which it finds in its argument's `job`; or what it raised.
+
+    Raises whatever the launcher raises when it loses a worker.
+    """
+    from hydra.core.plugins import Plugins
+
+    with _launch_config(overrides, request) as (context, config):
+        launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=work, config=config)
+        same = _assignments(request)
+        done = launcher.launch([[*same, f"job={i}"] for i in range(n_jobs)], initial_job_idx=0)
+    # The property `return_value` would raise what a job raised.
+    return [one._return_value or RuntimeError(f"it ended as {one.status}") for one in done]
+
+
+@contextmanager
+def _launch_config(overrides: Sequence[str], request: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Hydra's context and the configuration of a launch."""
+    from hydra import initialize_config_dir
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.types import HydraContext, RunMode
+    from omegaconf.errors import OmegaConfBaseException
+
+    with warnings.catch_warnings(), initialize_config_dir(str(_conf_dir()), version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra
+        try:
+            # The launchers bring settings of the same names, whose types Hydra checks; it means to stop that some day.
+            warnings.filterwarnings("ignore", r"\s*'hydra/launcher/.*is validated against ConfigStore schema")
+            config = hydra.compose_config(
+                "launch", [*overrides, *_assignments(request)], RunMode.MULTIRUN, with_log_configuration=False
+            )
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise UserError(_one_line(error, overrides)) from error
+        yield HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config)), config
+
+
+def _assignments(request: Mapping[str, Any]) -> list[str]:
+    def value(one: Any) -> str:
+        return "null" if one is None else f"'{_escaped(one)}'" if isinstance(one, str) else str(one).lower()
+
+    return [f"request.{name}={value(one)}" for name, one in request.items()]
+
+
 def _register_schema() -> None:
     from hydra.core.config_store import ConfigStore
 
@@ -182,6 +262,8 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     """Hydra's several lines as one that names the nearest right word."""
     text = f"{error} {error.__cause__ or ''}"
     missing = re.search(r"Could not find '([\w/]+)/([^']*)'", text)
+    if missing and missing[1] == "hydra/launcher":
+        return f"hydra/launcher={missing[2]}: the harness knows no such one.{nearest(missing[2], LAUNCHERS)}"
     if missing and missing[1] == "experiment":
         return f"+experiment={missing[2]} is no experiment.{nearest(missing[2], options('experiment'))}"
     if missing and missing[1] in GROUPS:

@@ -127,6 +127,7 @@ class MeasureConfig:
     generate_tokens: int = 64  # tokens generated in each turn
     layers: bool = False  # compare every layer's output with the reference's
     layer_windows: int = 1  # on that many windows
+    shard: str | None = None  # 2/4: score the second quarter of the windows only; all/4: with hydra/launcher, 4 jobs
 
 
 @dataclass
@@ -136,6 +137,8 @@ class RuntimeConfig:
     threads: int | None = None  # null: the physical cores this process may use
     cpu_features: list[str] | None = None  # those that reports and cards name, in this order; null: all
     cache_dir: str | None = None  # null: the user's cache folder
+    shared_cache: bool = False  # that folder is one for several machines that work on it at once
+    retries: int = 2  # with hydra/launcher: how often a job whose worker was lost is given to another
     keep_variants: bool = False  # keep the quantized files after they were measured
     tensor_cache_gb: float = 20.0  # quantized tensors that are kept for other files and sweeps, 1e9 bytes; 0: none
 
@@ -177,6 +180,7 @@ def check(config: Config) -> None:
         near = nearest(form, ("auto", *FORMS))
         raise UserError(f"measure.kld_reference={form} is no way to keep the reference.{near}")
     _check_numbers(config)
+    _check_apart(config)
     for name, text in (("prompts", config.prompts), ("calibration", config.calibration)):
         if text.format not in (None, "text", "json", "parquet"):
             raise UserError(f"{name}.format={text.format}: give text, json (also for jsonl) or parquet")
@@ -195,6 +199,16 @@ def check(config: Config) -> None:
         if name not in MAY_DIFFER:
             known = nearest(name, MAY_DIFFER)
             raise UserError(f"results.allow_different={name}: rows that differ in it measure another thing.{known}")
+
+
+def _check_apart(config: Config) -> None:
+    """Raises UserError on values for work in parts and on other machines."""
+    if config.measure.shard is not None:
+        parse_shard(config.measure.shard, config.prompts.n_windows)
+        if config.measure.layers:
+            raise UserError("measure.layers=true compares whole cases: leave measure.shard out, or compare them later")
+    if not 0 <= config.runtime.retries <= 20:
+        raise UserError(f"runtime.retries={config.runtime.retries}: give 0 to 20")
 
 
 def _check_policy(policy: PolicyConfig) -> None:
@@ -263,6 +277,18 @@ def _check_numbers(config: Config) -> None:
         )
     if not 0 <= calibration.max_overlap <= 1:
         raise UserError(f"calibration.max_overlap={calibration.max_overlap}: give a share from 0 to 1")
+
+
+def parse_shard(text: str, n_windows: int) -> tuple[int | None, int]:
+    """(2, 4) for "2/4", (None, 4) for "all/4". Raises UserError on anything else, and on more parts than windows."""
+    match = re.fullmatch(r"(all|[0-9]{1,9})/([0-9]{1,9})", text)
+    part, n_parts = (match[1], int(match[2])) if match else ("", 0)
+    if not 1 <= n_parts <= n_windows or (part != "all" and not 1 <= int(part) <= n_parts):
+        raise UserError(
+            f"measure.shard={text}: give PART/PARTS such as 2/4, or all/4, with at most as many parts as windows "
+            f"({n_windows})"
+        )
+    return None if part == "all" else int(part), n_parts
 
 
 def model_label(model: ModelConfig) -> str:

@@ -65,6 +65,12 @@ def imatrix_s(n_weights: int, n_tokens: int, n_threads: int) -> float:
     return _IMATRIX_OVERHEAD * score_s(n_weights, n_tokens, n_threads)
 
 
+def scoring_bytes(file_bytes: int, n_logits: int) -> int:
+    """Memory to score a file: its pages, 1.3 times the float32 logits of a window, and 200 MB for the rest. Measured
+    by benchmarks/scoring_overhead.py, which quotes what is really taken beside this."""
+    return int(file_bytes + 1.3 * 4 * n_logits + 200e6)
+
+
 def minutes(seconds: float) -> str:
     """'40 s', '2.5 min', '3.2 h'."""
     if seconds < 90:

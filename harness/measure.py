@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -36,15 +36,16 @@ _BROKEN_NLL = 700.0  # exp of it is close to the largest float64
 class Scores:
     """Per-token values, [n_windows, n_scored] each: nll float64, nats; top int32, the likeliest token; kld float64,
     nats (None for the reference). decode_s, pass_s: float64 [n_windows], seconds in llama_decode and of the whole pass.
-    load_s: seconds to load the model. peak_rss_bytes: None where the system does not tell."""
+    load_s: seconds to load the model, None where every window was there already. peak_rss_bytes: None also where the
+    system does not tell."""
 
     nll: np.ndarray
     top: np.ndarray
     kld: np.ndarray | None
     decode_s: np.ndarray
     pass_s: np.ndarray
-    load_s: float
-    peak_rss_bytes: int | None
+    load_s: float | None = None
+    peak_rss_bytes: int | None = None
 
     @property
     def per_token(self) -> dict[str, np.ndarray]:
@@ -67,21 +68,24 @@ def score(
     n_threads: int,
     form: str = PROBABILITIES,
     reference_path: Path | None = None,
+    only: Sequence[int] | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> Scores:
     """Per-token values of the targets first_scored .. n-1 of each window.
 
-    windows: int32 [n_windows, n]. Each finished window is stored in `window_folder`, and a window that is already
-    there is not measured again. The reference writes its probabilities to `probability_folder` (in `cache`), a file a
-    window, in a `form` of `harness.kld_reference`; the variants read them there, and hidden states with the output
-    weights in the file `reference_path`. Raises EngineError on a model that gives no sensible probabilities, UserError
-    where hidden states do not give the logits and the disk has no room for those.
+    windows: int32 [n_windows, n]; `only` tells which of them are scored, all by default. Each finished window is stored
+    in `window_folder`, and a window that is already there is not measured again. The reference writes its probabilities
+    to `probability_folder` (in `cache`), a file a window, in a `form` of `harness.kld_reference`; the variants read
+    them there, and hidden states with the output weights in the file `reference_path`. Raises EngineError on a model
+    that gives no sensible probabilities, UserError where hidden states do not give the logits and the disk has no room
+    for those.
     """
     from harness.engine import model as engine
     from harness.engine.output import OutputTap, output_weights
     from harness.reference import require_disk
 
-    n_windows, n = windows.shape
+    n = windows.shape[1]
+    indices = range(len(windows)) if only is None else only
     # The logits at position i predict token i + 1; nothing is predicted from the last position.
     wanted = np.zeros(n, bool)
     wanted[first_scored - 1 : n - 1] = True
@@ -90,7 +94,6 @@ def score(
     weights = output_weights(reference_path) if form == HIDDEN and reference_path else None
     tap = OutputTap() if is_reference and kept_form(cache, first_path, form) == HIDDEN else None
     begin = time.perf_counter()
-    measured: list[dict[str, np.ndarray]] = []
     with engine.open_model(model_path, check_weights=is_reference) as model:
         load_s = time.perf_counter() - begin
         vocab_size = engine.n_vocab(model)
@@ -103,9 +106,10 @@ def score(
             eval_callback=tap.on_tensor if tap else None,
         ) as context:
             engine.warm_up(context)
-            for i, window in enumerate(windows):
+            for n_done, i in enumerate(indices, 1):
+                window = windows[i]
                 path, rows_path = window_path(window_folder, i), probability_path(probability_folder, i)
-                values = _read_window(path, n_scored)
+                values: dict[str, Any] | None = _read_window(path, n_scored)
                 if values is None or (is_reference and not cache.holds(rows_path)):
                     decode = partial(engine.decode_window, context, window, wanted, vocab_size, ubatch_tokens)
                     if is_reference:
@@ -113,7 +117,7 @@ def score(
                         hidden = HiddenSource(tap, weights, check=i == 0) if tap and planned == HIDDEN else None
                         values, here, kld = _score_reference(decode, window, rows_path, planned, hidden)
                         if here != planned:
-                            n_bytes = reference_bytes((n_windows - 1) * n_scored, vocab_size, 0)[here]
+                            n_bytes = reference_bytes((len(windows) - 1) * n_scored, vocab_size, 0)[here]
                             require_disk(cache.folder, n_bytes, LABELS[here])
                         cache.seal(rows_path, hidden_facts(here, kld) if form == HIDDEN else None)
                     elif not cache.holds(rows_path):
@@ -123,11 +127,22 @@ def score(
                             rows = open_rows(file, kept_form(cache, rows_path, form), vocab_size, weights)
                             values = _score_window(decode(), window, rows)
                     write_npz(path, **values)
-                measured.append(values)
                 if on_progress:
-                    on_progress((i + 1) / n_windows)
+                    on_progress(n_done / len(indices))
+    scores = stored_scores(window_folder, indices, n_scored)
+    if scores is None:
+        raise EngineError(f"windows that were just scored are gone from {window_folder}: somebody deleted them")
+    return replace(scores, load_s=load_s, peak_rss_bytes=peak_rss_bytes())
+
+
+def stored_scores(window_folder: Path, indices: Sequence[int], n_scored: int) -> Scores | None:
+    """The values of windows that were scored before, by this process or others; None unless all of them are there."""
+    found = [_read_window(window_path(window_folder, i), n_scored) for i in indices]
+    measured = [values for values in found if values is not None]
+    if len(measured) < len(found) or len({tuple(sorted(values)) for values in measured}) != 1:
+        return None
     stacked = {name: np.stack([values[name] for values in measured]) for name in measured[0]}
-    return Scores(kld=stacked.pop("kld", None), **stacked, load_s=load_s, peak_rss_bytes=peak_rss_bytes())
+    return Scores(stacked["nll"], stacked["top"], stacked.get("kld"), stacked["decode_s"], stacked["pass_s"])
 
 
 def _read_window(path: Path, n_scored: int) -> dict[str, np.ndarray] | None:

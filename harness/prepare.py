@@ -16,7 +16,7 @@ from harness.errors import EngineError, UserError
 from harness.ggml_types import PINNED_VERSION, UNQUANTIZED
 from harness.imatrix import load_imatrix
 from harness.isolate import run_in_child
-from harness.kld_reference import LABELS, choose_form, reference_bytes
+from harness.kld_reference import HIDDEN, LABELS, LOG_PROBS_16, choose_form, reference_bytes
 from harness.like import with_copied_types
 from harness.measure import default_first_scored
 from harness.mixture import plain_file_type, standard_mixture
@@ -44,7 +44,7 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
     policies = [load_policy(one.policy) for one in configs]
     engine_version = _engine_version()
     n_threads = config.runtime.threads or physical_cores()
-    cache = Cache(cache_dir(config))
+    cache = Cache(cache_dir(config), shared=config.runtime.shared_cache)
     folder = user_path(config.results.dir) / results_name(config)
     if with_reference:
         _require_writable(folder / RECORDS, config)
@@ -78,6 +78,12 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
         config.measure.kld_reference_gib,
         reference_bytes(n_rows, reference.vocab_size, reference.n_embd),
     )
+
+    if config.measure.shard is not None and form == HIDDEN:
+        raise UserError(
+            f"measure.shard={config.measure.shard}: parts cannot be joined with measure.kld_reference=hidden (auto "
+            f"chose it, if you did not): give measure.kld_reference={LOG_PROBS_16}"
+        )
 
     def case_of(plan: Plan) -> Case:
         key = key_of(

@@ -283,6 +283,19 @@ def environment(engine: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+MACHINE = ("machine", "cpu", "cores_physical", "cores_logical", "memory_bytes", "platform", "system_info")
+
+
+def machines(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """The machines that measured, each once: what of their environments stays the same from case to case."""
+    found: list[dict[str, Any]] = []
+    for record in records:
+        machine = {name: field(record.data, f"environment.{name}") for name in MACHINE}
+        if machine not in found:
+            found.append(machine)
+    return found
+
+
 def utc_now() -> str:
     """ISO 8601 with microseconds, UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="microseconds")

@@ -21,7 +21,7 @@ from harness.frames import attribution_frame, comparison_frame, in_order, measur
 from harness.page import page
 from harness.pass_frames import layers_frame, llama_bench, speed_frame
 from harness.passes import SpeedPass, Timing, read_speed
-from harness.record import Record, all_records, first_difference, newest, record_paths
+from harness.record import Record, all_records, first_difference, machines, newest, record_paths
 from harness.stats import MIN_BLOCKS, SMALLEST_P, Interval
 from harness.store import write_atomic, write_text
 from harness.summary import key_improvements, tradeoffs
@@ -200,6 +200,7 @@ def write_report(folder: Path, wanted: Collection[str] = (), allow_different: Co
     written.text("table.csv", results.comparison.to_csv(index=False))
     written.text("table.md", _without_tags(text))
     written.text("findings.json", json.dumps(results.findings, indent=1) + "\n")
+    written.text("machine.json", json.dumps(machines(results.measured), indent=1) + "\n")
     if len(results.speed):
         written.text("speed.csv", results.speed.to_csv(index=False))
         written.text("llama_bench.json", json.dumps(results.bench, indent=1) + "\n")
@@ -240,6 +241,7 @@ def _write_tables(results: Results, written: "_Written") -> str:
     text = _table_text(results)
     written.text("table.md", _without_tags(text))
     written.text("findings.json", json.dumps(results.findings, indent=1) + "\n")
+    written.text("machine.json", json.dumps(machines(results.measured), indent=1) + "\n")
     for name, table in {**results.tables, **results.more_tables}.items():
         written.text(f"{name}.md", markdown(table) + "\n")
         written.text(f"{name}.html", html_table(table) + "\n")

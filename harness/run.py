@@ -37,13 +37,13 @@ def run(sweep: Sweep, display: ProgressDisplay) -> list[str]:
     if sweep.finished:
         _pin_variants(sweep, sweep.cases)
         return []
-    facts = engine_facts(sweep.cache)
-    features = chosen_features(cpu_features(facts["system_info"]), sweep.config.runtime.cpu_features)
-    engine = {**facts, "cpu_features": features}
+    engine = engine_of(sweep)
     covered = _imatrix(sweep, display)
+    if sweep.config.measure.shard is not None:
+        return _score_shard(sweep, display)
     failures = []
     for case in sweep.open_cases:
-        if case is not sweep.reference_case:
+        if case is not sweep.reference_case and sweep.stored_scores(case) is None:
             ensure_probabilities(sweep, display)  # nothing to do unless somebody deleted them, before or just now
         failed = _work_on(sweep, case, covered, engine, display)
         failures += failed
@@ -53,11 +53,47 @@ def run(sweep: Sweep, display: ProgressDisplay) -> list[str]:
         names = some(deleted)
         failures.append(f"somebody deleted records from {sweep.folder} ({names}): the same command measures them again")
     failures += measure_layers(sweep, display)
-    failures += measure_speed(sweep, {**environment(engine), "begun_utc": utc_now()}, display)
+    failures += time_cases(sweep, [case for case in sweep.speed_cases if case.done], engine, display)
     _pin_variants(sweep, sweep.cases)
     if not sweep.config.runtime.keep_variants:
         for case in sweep.cases:
-            _remove_variant(sweep, case)
+            remove_variant(sweep, case)
+    return failures
+
+
+def engine_of(sweep: Sweep) -> dict[str, Any]:
+    """What is known of llama.cpp on this machine, for records."""
+    facts = engine_facts(sweep.cache)
+    return {
+        **facts,
+        "cpu_features": chosen_features(cpu_features(facts["system_info"]), sweep.config.runtime.cpu_features),
+    }
+
+
+def time_cases(sweep: Sweep, cases: Sequence[Case], engine: dict[str, Any], display: ProgressDisplay) -> list[str]:
+    """The timing pass of these cases, and of the reference beside them. Returns a line when it failed."""
+    return measure_speed(sweep, cases, {**environment(engine), "begun_utc": utc_now()}, display)
+
+
+def _score_shard(sweep: Sweep, display: ProgressDisplay) -> list[str]:
+    """Score the shard's windows of every case and leave them in the cache, for the sweep that makes the records."""
+    failures = []
+    reference = sweep.reference_case
+    for case in (reference, *(one for one in sweep.open_cases if one is not reference)):
+        there = case.done or sweep.stored_scores(case) is not None
+        if sweep.twin(case) or (there and not (case is reference and sweep.missing_probability_bytes)):
+            continue
+        folder = sweep.windows_folder(case)
+        try:
+            with sweep.cache.lock(folder / f"shard {sweep.config.measure.shard}"):
+                ensure_variant(sweep, case, display)
+                with display.step(f"{case.name}: scoring", sweep.score_s(case)) as on_progress:
+                    score_case(sweep, case, folder, on_progress)
+            require_unchanged(sweep)
+        except EngineError as error:
+            failures.append(f"{case.name} failed: {error.with_log}; the same command tries again")
+            if case is reference:
+                break
     return failures
 
 
@@ -91,7 +127,7 @@ def _work_on(
             shutil.rmtree(sweep.windows_folder(case), ignore_errors=True)
         _pin_variants(sweep, [case])
         if not sweep.keeps_variants:
-            _remove_variant(sweep, case)
+            remove_variant(sweep, case)
     return failures
 
 
@@ -104,9 +140,12 @@ def _measure(sweep: Sweep, case: Case, display: ProgressDisplay) -> tuple[dict[s
         names = ("status", "timings", "quantizing", "peak_rss_bytes")
         result = {name: record.data.get(name) for name in names}
         return {**result, "same_as": twin.name}, record.per_token()
-    made = ensure_variant(sweep, case, display) or {}
-    with display.step(f"{case.name}: scoring", sweep.score_s(case)) as on_progress:
-        scores = score_case(sweep, case, sweep.windows_folder(case), on_progress)
+    made: dict[str, Any] = {}
+    scores = sweep.stored_scores(case)
+    if scores is None:
+        made = ensure_variant(sweep, case, display) or {}
+        with display.step(f"{case.name}: scoring", sweep.score_s(case)) as on_progress:
+            scores = score_case(sweep, case, sweep.windows_folder(case), on_progress)
     require_unchanged(sweep)
     if case is sweep.reference_case:
         say_form(sweep, display)
@@ -129,7 +168,7 @@ def _pin_variants(sweep: Sweep, cases: Sequence[Case]) -> None:
             sweep.cache.pin(sweep.variant_path(case))
 
 
-def _remove_variant(sweep: Sweep, case: Case) -> None:
+def remove_variant(sweep: Sweep, case: Case) -> None:
     """Unless an earlier sweep was told to keep it."""
     path = sweep.variant_path(case)
     if case.plan.file_type is not None:

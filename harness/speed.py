@@ -22,18 +22,20 @@ from harness.store import key_of
 from harness.sweep import Case, Sweep
 
 
-def measure_speed(sweep: Sweep, environment: dict[str, Any], display: ProgressDisplay) -> list[str]:
-    """Time the cases that have no timing yet, and the reference beside them. Returns one line for what failed."""
-    wanted = {case.key: case for case in (sweep.reference_case, *sweep.speed_cases) if case.done}
-    if not any(case.key in wanted for case in sweep.speed_cases):
+def measure_speed(
+    sweep: Sweep, wanted: Sequence[Case], environment: dict[str, Any], display: ProgressDisplay
+) -> list[str]:
+    """Time the wanted cases, and the reference beside them. Returns one line for what failed."""
+    if not wanted:
         return []
-    cases = sorted(wanted.values(), key=lambda case: str(sweep.variant_path(case)))
+    by_key = {case.key: case for case in (sweep.reference_case, *wanted)}
+    cases = sorted(by_key.values(), key=lambda case: str(sweep.variant_path(case)))
     try:
         with ExitStack() as locks:
             for case in cases:  # in one order everywhere, so that two sweeps cannot wait for each other
                 locks.enter_context(sweep.cache.lock(sweep.variant_path(case)))
             known = looked_at(read_speed(sweep.folder), sweep.speed_settings)
-            if all(case.key in known for case in sweep.speed_cases if case.done):
+            if all(case.key in known for case in wanted):
                 return []  # another sweep timed them while this one waited
             for case in cases:
                 ensure_variant(sweep, case, display)

@@ -19,6 +19,7 @@ import numpy as np
 from harness.errors import UserError
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+LEASE_S = 60.0  # without a sign of life for that long, the owner of a lock on another machine counts as dead
 MAX_JSON_BYTES = 64 << 20  # records of large mixtures have about 0.2 MB
 
 
@@ -134,10 +135,14 @@ def read_npz(source: Path | bytes) -> dict[str, np.ndarray] | None:
 
 
 class Cache:
-    """One folder of things made once, by kind and key: `<folder>/<kind>/<key><suffix>`."""
+    """One folder of things made once, by kind and key: `<folder>/<kind>/<key><suffix>`.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.absolute()
+    `shared`: several machines use it at once, over a network. Their kernels may not see each other's locks there, so
+    locks are files that are renewed as long as their owner lives, and expire after it.
+    """
+
+    def __init__(self, folder: Path, *, shared: bool = False) -> None:
+        self.folder, self.shared = folder.absolute(), shared
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
@@ -173,14 +178,24 @@ class Cache:
 
     @contextmanager
     def lock(self, path: Path) -> Iterator[None]:
-        """One process at a time, for whatever concerns `path`. The lock of a process that died is free."""
-        from filelock import FileLock  # only here: a report needs no lock, and runs without this library
+        """One process at a time, for whatever concerns `path`. The lock of a process that died is free.
+
+        In a shared folder it is free at once on its own machine, LEASE_S later on the others. What a lock protects is
+        named by its content and renamed into its place whole: two owners would do the work twice, and no harm.
+        """
+        from filelock import FileLock, SoftFileLease  # only here: a report runs without this library
 
         path, locks = path.absolute(), self.folder / "locks"  # of its own: a model may lie in a folder of others
         name = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
         locks.mkdir(parents=True, exist_ok=True)
-        with FileLock(locks / f"{key_of(name.as_posix())[:32]}.lock", is_singleton=True):  # a holder may enter again
-            yield
+        file = locks / f"{key_of(name.as_posix())[:32]}.{'lease' if self.shared else 'lock'}"
+        # singletons: a holder may enter again
+        if self.shared:
+            with SoftFileLease(file, lease_duration=LEASE_S, poll_interval=0.5, is_singleton=True):
+                yield
+        else:
+            with FileLock(file, is_singleton=True):
+                yield
 
     def seal(self, path: Path, facts: Any = None) -> None:
         """Vouch for a file that was just made: its sha256 goes beside it, last."""
@@ -243,7 +258,7 @@ class Cache:
         """Every file but locks, by kind: its path, bytes, and when it was changed or used last (seconds)."""
         found: dict[str, list[tuple[Path, int, float]]] = {}
         for folder, _, names in os.walk(self.folder):
-            for path in (Path(folder, name) for name in names if not name.endswith(".lock")):
+            for path in (Path(folder, name) for name in names if not name.endswith((".lock", ".lease"))):
                 with suppress(FileNotFoundError):  # a sweep may be at work
                     status = path.stat()
                     kind = path.relative_to(self.folder).parts[0]

@@ -8,9 +8,10 @@ from typing import Any
 
 from harness import cost, metrics
 from harness.calibration import Calibration
-from harness.config import Config
+from harness.config import Config, parse_shard
 from harness.cpu import ggml_base_path
 from harness.kld_reference import PROBABILITIES, kept_form, probability_path, reference_bytes
+from harness.measure import Scores, stored_scores
 from harness.passes import SPEED_UBATCH_TOKENS, looked_at, read_layers, read_speed
 from harness.plan import Plan
 from harness.prompts import Windows
@@ -157,6 +158,20 @@ class Sweep:
         key = key_of(self.reference.id, imatrix_id, case.plan.id, case.plan.metadata, self.engine_version)
         return self.cache.path("variants", key, ".gguf")
 
+    @property
+    def shard_windows(self) -> tuple[int, ...]:
+        """Numbers of the windows that this sweep scores: all, or every n-th."""
+        n_windows = len(self.prompts.tokens)
+        if self.config.measure.shard is None:
+            return tuple(range(n_windows))
+        part, n_parts = parse_shard(self.config.measure.shard, n_windows)
+        return tuple(range((part or 1) - 1, n_windows, n_parts))
+
+    def stored_scores(self, case: Case) -> Scores | None:
+        """The values of a case whose windows (of this shard) were all scored, here or elsewhere; None for others."""
+        n_scored = self.prompts.tokens.shape[1] - self.first_scored
+        return stored_scores(self.windows_folder(case), self.shard_windows, n_scored)
+
     def windows_folder(self, case: Case) -> Path:
         """Where the windows of a case are kept while it is scored."""
         return self.cache.folder / "scores" / case.key
@@ -184,9 +199,8 @@ class Sweep:
     @property
     def missing_probability_bytes(self) -> int:
         """Disk that the reference's probabilities will still take."""
-        n_windows, n = self.prompts.tokens.shape
-        missing = sum(not self.cache.holds(probability_path(self.probability_folder, i)) for i in range(n_windows))
-        n_rows = missing * (n - self.first_scored)
+        missing = sum(not self.cache.holds(probability_path(self.probability_folder, i)) for i in self.shard_windows)
+        n_rows = missing * (self.prompts.tokens.shape[1] - self.first_scored)
         reference = self.reference
         n_bytes = reference_bytes(n_rows, reference.vocab_size, reference.n_embd)[self.kept_form]
         return n_bytes if self.open_cases else 0
@@ -254,7 +268,8 @@ class Sweep:
 
     def score_s(self, case: Case) -> float:
         """Estimated seconds to score a case."""
-        return cost.score_s(case.plan.n_weights, self.prompts.tokens.size, self.n_threads)
+        n_tokens = len(self.shard_windows) * self.prompts.tokens.shape[1]
+        return cost.score_s(case.plan.n_weights, n_tokens, self.n_threads)
 
     def log_path(self, case: Case) -> Path:
         """What llama.cpp says while it works on a case."""

@@ -37,7 +37,7 @@ def kill_sweeps(folder: Path, kills: int, seed: int, say: Callable[[str], None])
     begin = time.monotonic()
     subprocess.run(command(folder, "truth"), check=True, capture_output=True, cwd=ROOT)
     length_s = time.monotonic() - begin
-    truth = records(folder / "truth")
+    truth = records(folder / "truth" / "sweep")
     shutil.rmtree(folder / "truth")
     say(f"undisturbed: {len(truth)} records in {length_s:.1f} s")
     seen: Counter[str] = Counter()
@@ -48,7 +48,7 @@ def kill_sweeps(folder: Path, kills: int, seed: int, say: Callable[[str], None])
         # What is started again has less to do, but begins with imports and plans.
         left_s = max(0.3 * length_s, left_s - after_s) if killed else length_s
         seen[killed or "finished"] += 1
-        check(records(folder / "run"), truth)
+        check(records(folder / "run" / "sweep"), truth)
         if not killed:
             check_finished(folder / "run", truth)
             shutil.rmtree(folder / "run")
@@ -57,7 +57,7 @@ def kill_sweeps(folder: Path, kills: int, seed: int, say: Callable[[str], None])
 
 
 def check_finished(folder: Path, truth: "Found") -> None:
-    found = records(folder)
+    found = records(folder / "sweep")
     assert found.keys() == truth.keys(), f"{found.keys() ^ truth.keys()} differ"
     stray = list(folder.rglob("*.tmp"))
     assert not stray, stray
@@ -110,9 +110,9 @@ Found = dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]]  # file name -> 
 
 
 def records(folder: Path) -> Found:
-    """All good records; a damaged one raises UserError. Failed ones are left out: they are tried again."""
+    """All good records of a sweep's folder; a damaged one raises UserError. Failed ones, tried again, are left out."""
     found: Found = {}
-    for path in (folder / "sweep" / "records").glob("*.json"):
+    for path in (folder / "records").glob("*.json"):
         record = read_record(path)
         if record.ok:
             data = {name: value for name, value in record.data.items() if name not in TIMING_FIELDS}

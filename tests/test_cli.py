@@ -677,7 +677,7 @@ def test_the_results_folder_is_one_folder(override: str) -> None:
 
 
 def test_groups_are_the_folders_of_conf_and_the_fields_of_the_schema() -> None:
-    assert sorted(path.name for path in CONF.iterdir() if path.is_dir()) == sorted([*GROUPS, "experiment"])
+    assert sorted(path.name for path in CONF.iterdir() if path.is_dir()) == sorted([*GROUPS, "experiment", "hydra"])
     assert {item.name for item in fields(Config)} == {*GROUPS, "results", "sweep"}
     defaults = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))["defaults"]
     assert [next(iter(one)) for one in defaults if isinstance(one, dict)] == list(GROUPS)

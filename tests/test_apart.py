@@ -1,0 +1,463 @@
+"""A sweep whose cases are measured by workers: on Ray, by submitit, in parts, on machines that share nothing."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from killing import check, records
+
+from harness import apart, launchers, worker
+from harness.apart import Job, cases_apart
+from harness.compose import compose, launcher_settings
+from harness.errors import UserError
+from harness.prepare import prepare
+from harness.record import RECORDS
+from harness.store import Cache
+from harness.sweep import Sweep
+
+Cli = Callable[..., tuple[int, str, str]]
+REQUEST = {
+    "cpus": 2,
+    "memory_bytes": 3_000_000_000,
+    "memory_gb": 3,
+    "minutes": 45,
+    "folder": "/jobs",
+    "local_cpus": 2,
+    "local_object_store_bytes": 10**8,
+}
+
+
+def settings(overrides: list[str], folder: Path) -> list[str]:
+    """The overrides with one thread, and cache and results below `folder`."""
+    own = [f"runtime.cache_dir={folder / 'cache'}", f"results.dir={folder / 'results'}", "runtime.threads=1"]
+    return [one for one in overrides if not one.startswith(("runtime.", "results.dir"))] + own
+
+
+def swept(folder: Path, *arguments: str, code: int = 0) -> str:
+    """A sweep in a process of its own, as users start it. Returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "harness", "sweep", *arguments], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def truth(tiny_gguf: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of the reference and two files, each under two names, measured one after another in one process."""
+    from conftest import _overrides
+
+    folder = tmp_path_factory.mktemp("truth")
+    swept(folder, *QUANTS, *settings(_overrides(tiny_gguf, texts, folder), folder))
+    return folder / "results" / "tiny"
+
+
+QUANTS = ("quant=q4_k_s,q8_0", "mode=standard,dynamicgate")  # the policy changes nothing here: twins
+
+
+def same_results(one: Path, other: Path) -> None:
+    """Equal records, timings aside."""
+    found, expected = records(one), records(other)
+    assert len(expected) == 5 and found.keys() == expected.keys()
+    check(found, expected)
+
+
+# --- with real launchers
+
+
+@pytest.mark.parametrize("launcher", ["ray", "submitit_local"])
+def test_workers_measure_what_one_process_measures(
+    launcher: str, truth: Path, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    own = settings(tiny_overrides, tmp_path)
+    speed = ["measure.speed=true", "measure.speed_rounds=3", "measure.generate_tokens=2"]
+    local = ["hydra.launcher.ray.init.num_cpus=2"] if launcher == "ray" else []
+    out = swept(
+        tmp_path, *QUANTS, *[one for one in own if "speed" not in one], *speed, f"hydra/launcher={launcher}", *local
+    )
+    folder = tmp_path / "results" / "tiny"
+    same_results(folder, truth)
+    assert "Q4_K_S" in out
+    (timed,) = (json.loads(path.read_text()) for path in (folder / "speed").glob("*.json"))
+    assert len(timed["cases"]) == 3, "all in one pass, twins once"
+    assert not (folder / "jobs").exists() and not list((tmp_path / "cache" / "shared").iterdir())
+    (machine,) = json.loads((folder / "machine.json").read_text())
+    assert machine["machine"] == socket.gethostname()
+    again = swept(tmp_path, *QUANTS, *[one for one in own if "speed" not in one], *speed, f"hydra/launcher={launcher}")
+    assert "everything is there" in again
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is None or not os.environ.get("HARNESS_TEST_SLURM"), reason="no SLURM queue")
+def test_a_slurm_queue_measures_what_one_process_measures(
+    truth: Path, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    swept(tmp_path, *QUANTS, *settings(tiny_overrides, tmp_path), "hydra/launcher=submitit_slurm")
+    same_results(tmp_path / "results" / "tiny", truth)
+
+
+def test_parts_of_the_windows_are_joined(truth: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
+    swept(
+        tmp_path, *QUANTS, *settings(tiny_overrides, tmp_path), "measure.shard=all/2", "hydra/launcher=submitit_local"
+    )
+    same_results(tmp_path / "results" / "tiny", truth)
+
+
+def test_a_worker_that_is_killed_is_replaced(truth: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
+    arguments = [*QUANTS, *settings(tiny_overrides, tmp_path), "hydra/launcher=submitit_local"]
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "harness", "sweep", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    victim = None
+    for _ in range(600):
+        time.sleep(0.05)
+        if workers := _workers_of(sweep.pid, tmp_path):
+            victim = workers[0]
+            os.kill(victim, signal.SIGKILL)
+            break
+    out, _ = sweep.communicate(timeout=600)
+    assert victim is not None and sweep.returncode == 0, out
+    assert "was lost" in out and "once more" in out
+    same_results(tmp_path / "results" / "tiny", truth)
+
+
+def _workers_of(pid: int, folder: Path) -> list[int]:
+    """Processes below `pid` that submitit started for a job which has begun to write into the cache's `apart`."""
+    import psutil
+
+    if not (folder / "cache" / "apart").exists() and not list((folder / "cache" / "logs").glob("reference*")):
+        return []
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if any("submitit.core._submit" in part for part in process.cmdline()):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+# --- two machines: processes with folders of their own
+
+
+def test_machines_that_share_nothing_are_merged_by_report(
+    truth: Path, tiny_overrides: list[str], tmp_path: Path, cli: Cli
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "harness", "sweep", f"quant={quant}", QUANTS[1], *settings(tiny_overrides, folder)],
+            stdout=subprocess.DEVNULL,
+        )
+        for folder, quant in ((one, "q4_k_s"), (other, "q8_0"))
+    ]
+    assert [process.wait(600) for process in running] == [0, 0]
+    folders = [one / "results" / "tiny", other / "results" / "tiny"]
+    for folder in folders:
+        assert [entry["machine"] for entry in json.loads((folder / "machine.json").read_text())] == [
+            socket.gethostname()
+        ]
+    code, out, err = cli("report", *(f"results={folder}" for folder in folders), f"out={tmp_path / 'all'}")
+    assert code == 0, err
+    assert "Q8_0" in out and "Q4_K_S" in out
+    merged = tmp_path / "merged" / RECORDS
+    merged.mkdir(parents=True)
+    for folder in folders:
+        for path in (folder / RECORDS).iterdir():
+            shutil.copy(path, merged)
+    same_results(merged.parent, truth)
+
+
+def test_parts_that_are_scored_by_hand_are_joined_by_the_whole_sweep(
+    truth: Path, tiny_overrides: list[str], tmp_path: Path, cli: Cli
+) -> None:
+    """Two machines, each with its own cache; the folder `scores` of both is put together, as docs/scaling.md says."""
+    for part, name in (("1/2", "one"), ("2/2", "other")):
+        code, out, err = cli("sweep", *QUANTS, *settings(tiny_overrides, tmp_path / name), f"measure.shard={part}")
+        assert code == 0 and f"part {part} of the windows is scored" in out, err
+        assert not records(tmp_path / name / "results" / "tiny")
+    shutil.copytree(tmp_path / "other" / "cache" / "scores", tmp_path / "one" / "cache" / "scores", dirs_exist_ok=True)
+    code, out, err = cli("sweep", *QUANTS, *settings(tiny_overrides, tmp_path / "one"))
+    assert code == 0 and "scoring" not in out.replace("of its scoring", ""), err
+    same_results(tmp_path / "one" / "results" / "tiny", truth)
+
+
+# --- bad input, before anything slow
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["hydra/launcher=rai"], r"hydra/launcher=rai: the harness knows no such one\. Did you mean ray"),
+        (["hydra.launcher.partition=x"], r"say of which launcher with hydra/launcher="),
+        (["hydra/launcher=ray", "hydra/launcher=ray"], r"hydra/launcher= is given twice"),
+        (["hydra.sweep.dir=x"], r"hydra\.sweep\.dir=x: of Hydra's own settings only"),
+        (["hydra/launcher=submitit_local", "hydra.launcher.partitoin=x"], r"partitoin"),
+        (
+            ["hydra/launcher=ray", "hydra.launcher.ray.init.address=127.0.0.1:1"],
+            r"127\.0\.0\.1:1: nobody answers there",
+        ),
+        (["hydra/launcher=submitit_slurm"], r"there is no sbatch on this machine"),
+        (["measure.shard=all/2"], r"measure\.shard=all/2 needs hydra/launcher=ray"),
+        (["measure.shard=3/2"], r"measure\.shard=3/2: give PART/PARTS"),
+        (["measure.shard=0/2"], r"measure\.shard=0/2: give PART/PARTS"),
+        (["measure.shard=1/3"], r"at most as many parts as windows \(2\)"),
+        (["measure.shard=half"], r"measure\.shard=half: give PART/PARTS"),
+        (["measure.shard=1/2", "measure.layers=true"], r"measure\.layers=true compares whole cases"),
+        (["measure.shard=1/2", "measure.kld_reference=hidden"], r"cannot be joined with measure\.kld_reference=hidden"),
+        (["runtime.retries=-1"], r"runtime\.retries=-1: give 0 to 20"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    arguments: list[str], message: str, world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    folder = world.folder / "results" / "tiny"
+    before = records(folder)
+    code, _, err = world.cli("sweep", "quant=q4_0", "mode=standard", *world.settings, *arguments)
+    assert code == 2 and err.count("\n") == 1, err
+    assert re.search(message, err), err
+    check(records(folder), before)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "extra"), [("ray", "ray"), ("submitit_local", "slurm"), ("submitit_slurm", "slurm")]
+)
+def test_a_launcher_that_is_not_installed_says_how(launcher: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "find_spec", lambda name: None if "launcher" in name else find_spec(name))
+    with pytest.raises(UserError, match=rf"is not installed: pip install 'gguf-harness\[{extra}\]'"):
+        launchers.ready(launcher, [f"hydra/launcher={launcher}"], dict(REQUEST))
+
+
+def test_a_job_that_fits_no_machine_is_refused_before_it_is_placed() -> None:
+    nodes = [{"CPU": 8.0, "memory": 10e9}, {"CPU": 64.0, "memory": 20e9}, {"memory": 1e12}]
+    launchers._require_fit(nodes, {"cpus": 64, "memory_bytes": 20_000_000_000})
+    with pytest.raises(UserError, match=r"takes 65 cores and no machine has more than 64: give runtime\.threads=64"):
+        launchers._require_fit(nodes, {"cpus": 65, "memory_bytes": 1})
+    with pytest.raises(UserError, match=r"takes about 20\.1 GB of memory and no machine has more than"):
+        launchers._require_fit(nodes, {"cpus": 64, "memory_bytes": 20_100_000_000})
+
+
+# --- what is asked of a queue
+
+
+def test_requests_come_from_the_plan_and_from_the_user() -> None:
+    slurm = launcher_settings(["hydra/launcher=submitit_slurm", "hydra.launcher.partition=big"], REQUEST)
+    assert (slurm["cpus_per_task"], slurm["mem_gb"], slurm["timeout_min"]) == (2, 3, 45)
+    assert slurm["partition"] == "big" and slurm["submitit_folder"] == "/jobs/%j"
+    ray = launcher_settings(["hydra/launcher=ray", "hydra.launcher.ray.remote.num_cpus=7"], REQUEST)
+    assert ray["ray"]["remote"]["num_cpus"] == 7 and ray["ray"]["remote"]["memory"] == 3_000_000_000
+
+
+def test_memory_of_a_job_is_its_file_the_logits_and_the_rest(sweep: Sweep) -> None:
+    request = apart._request(sweep, "ray")
+    largest = max(case.plan.file_bytes for case in sweep.cases)
+    n_logits = 63 * 310  # targets 65 .. 127 of a window, 310 tokens in the vocabulary
+    assert request["memory_bytes"] == int(largest + 1.3 * 4 * n_logits + 200e6) and request["cpus"] == 1
+    assert request["memory_gb"] == 1, "rounded up"
+
+
+@pytest.fixture
+def sweep(tiny_overrides: list[str], tmp_path: Path) -> Sweep:
+    """Two standard files and the reference, nothing measured."""
+    return prepare(configs(tiny_overrides, tmp_path), print)
+
+
+def configs(tiny_overrides: list[str], folder: Path) -> list[Any]:
+    return compose(["quant=q4_k_s,q8_0", "mode=standard", *settings(tiny_overrides, folder)])
+
+
+def test_the_reference_is_first_and_then_the_longest(sweep: Sweep) -> None:
+    jobs = cases_apart(sweep)
+    assert jobs[0].cases == (sweep.reference_case,)
+    seconds = [sum(sweep.steps(job.cases[0]).values()) for job in jobs[1:]]
+    assert len(jobs) == 3 and seconds == sorted(seconds, reverse=True)
+
+
+# --- lost workers, without a cluster
+
+
+class Cluster:
+    """Runs orders in this process, after the first of them were lost: a stand-in for harness.compose.launch."""
+
+    def __init__(self, lost: int, raises: bool = False) -> None:
+        self.lost, self.raises, self.launched = lost, raises, []
+
+    def __call__(self, _overrides: Any, _request: Any, n_jobs: int, work: Callable[[Any], Any]) -> list[Any]:
+        results: list[Any] = []
+        for i in range(n_jobs):
+            self.launched.append(work.args[0][i]["names"])
+            if len(self.launched) <= self.lost:
+                if self.raises:
+                    raise RuntimeError("The worker died unexpectedly\nand more")
+                results.append(RuntimeError("node preempted"))
+            else:
+                results.append(work(SimpleNamespace(job=i)))
+        return results
+
+
+@pytest.fixture
+def crew(
+    sweep: Sweep, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Measure the sweep on a cluster of a kind: what failed, and what was said."""
+
+    def measure(cluster: Any, of: Sweep = sweep) -> tuple[list[str], list[str]]:
+        from rich.console import Console
+
+        from harness.progress import ProgressDisplay
+
+        said: list[str] = []
+        display = ProgressDisplay(Console(quiet=True), 1.0)
+        monkeypatch.setattr(display, "say", said.append)
+        monkeypatch.setattr(apart, "launch", cluster)
+        monkeypatch.setattr(apart, "ready", lambda *_: launchers.Capacity(1, 1, local=True))
+        failures = apart.run_apart(of, configs(tiny_overrides, tmp_path), ["hydra/launcher=ray"], display)
+        return failures, said
+
+    return measure
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_lost_job_is_given_to_another(raises: bool, crew: Callable[..., Any], sweep: Sweep) -> None:
+    cluster = Cluster(1, raises)
+    failures, said = crew(cluster)
+    assert failures == [] and all(case.done for case in sweep.cases)
+    assert len(said) == (3 if raises else 1) and "was lost (" in said[0] and said[0].endswith("; once more")
+    assert cluster.launched[0] == ["reference"] and cluster.launched.count(["reference"]) == 2
+
+
+def test_a_job_that_is_always_lost_is_given_up_and_the_others_are_kept(crew: Callable[..., Any], sweep: Sweep) -> None:
+    class Unlucky(Cluster):
+        def __call__(self, overrides: Any, request: Any, n_jobs: int, work: Callable[[Any], Any]) -> list[Any]:
+            done = super().__call__(overrides, request, n_jobs, work)
+            return [
+                RuntimeError("gone") if order["names"] == ["q8_0 standard"] else one
+                for order, one in zip(work.args[0], done, strict=True)
+            ]
+
+    failures, said = crew(Unlucky(0))
+    assert failures == ["q8_0 standard was lost 3 times (gone); the same command tries again"]
+    assert [case.done for case in sweep.cases] == [True, True, False] and len(said) == 3
+    failures, _ = crew(Cluster(0))
+    assert failures == [] and all(case.done for case in sweep.cases), "a rerun completes it"
+
+
+def test_another_harness_is_refused_by_the_worker(
+    crew: Callable[..., Any], sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apart, "code_id", lambda: "0123456789ab")
+    with pytest.raises(UserError, match=r"it has harness .* and the sweep was started with .* \(0123456789ab\)"):
+        crew(Cluster(0))
+    assert not any(case.done for case in sweep.cases)
+
+
+def test_another_engine_is_refused_by_the_worker(crew: Callable[..., Any], sweep: Sweep) -> None:
+    other = replace(
+        sweep, cases=tuple(replace(case, key="0" * 64) if case.plan.file_type else case for case in sweep.cases)
+    )
+    with pytest.raises(UserError, match=r"1 of 2 cases are not the same here: .*llama-cpp-python"):
+        crew(Cluster(0), other)
+
+
+def test_a_cache_that_is_not_shared_though_it_is_said_to_be(tmp_path: Path) -> None:
+    order = {"token": "t", "shared": True, "orderer": {"machine": "elsewhere"}}
+    with pytest.raises(UserError, match=r"runtime\.shared_cache=true, but .* is not the cache of elsewhere: mount it"):
+        worker._require_shared(tmp_path, order)
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "t").touch()
+    worker._require_shared(tmp_path, order)
+    with pytest.raises(UserError, match=r"is the cache of elsewhere as well: say runtime\.shared_cache=true"):
+        worker._require_shared(tmp_path, {**order, "shared": False})
+    worker._require_shared(tmp_path, {**order, "shared": False, "orderer": {"machine": socket.gethostname()}})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.json",
+        "records/../../x.json",
+        "records/a/b.json",
+        "records/.x.json",
+        "x.json",
+        "logs/x.json",
+        "records/x.sh",
+        "windows/ab/x.npz",
+    ],
+)
+def test_a_worker_cannot_write_elsewhere(name: str, sweep: Sweep, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="which no worker sends"):
+        apart._store(sweep, {name: b"x"})
+    assert not list(tmp_path.rglob("x.*"))
+
+
+def test_what_is_measured_here_stays(finished_sweep: Path, world: Any) -> None:
+    done = prepare(compose(["quant=q8_0", "mode=standard", *world.settings]), print)
+    case = done.cases[-1]
+    before = case.record_path.read_bytes()
+    apart._store(done, {f"records/{case.record_path.name}": b"{}"})
+    assert case.record_path.read_bytes() == before and case.done
+
+
+# --- locks of a shared folder
+
+
+def test_a_lock_of_a_shared_folder_is_for_one(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    program = (
+        "import sys, time; from pathlib import Path; from harness.store import Cache\n"
+        "cache, out = Cache(Path(sys.argv[1]), shared=True), Path(sys.argv[2])\n"
+        "for _ in range(5):\n"
+        "    with cache.lock(cache.folder / 'thing'), cache.lock(cache.folder / 'thing'):\n"
+        "        n = int(out.read_text() or 0); time.sleep(0.02); out.write_text(str(n + 1))\n"
+    )
+    out = tmp_path / "count"
+    out.write_text("0")
+    running = [subprocess.Popen([sys.executable, "-c", program, folder, out]) for _ in range(3)]
+    assert [process.wait(120) for process in running] == [0, 0, 0]
+    assert out.read_text() == "15"
+    assert not list((folder / "locks").iterdir()), "nothing stays behind"
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_the_lock_of_a_dead_owner_is_taken_over(
+    elsewhere: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine nobody can look whether the owner lives: it is waited for until it would have expired."""
+    lease_s = 2.0 if elsewhere else 60.0
+    program = (
+        "import os, signal, socket, sys; from pathlib import Path\n"
+        "if sys.argv[2] == 'True': socket.gethostname = lambda: 'elsewhere'\n"
+        "from harness import store\n"
+        "store.LEASE_S = float(sys.argv[3])\n"
+        "cache = store.Cache(Path(sys.argv[1]), shared=True)\n"
+        "with cache.lock(cache.folder / 'thing'): os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    dead = subprocess.run([sys.executable, "-c", program, tmp_path, str(elsewhere), str(lease_s)], check=False)
+    assert dead.returncode == -signal.SIGKILL and list((tmp_path / "locks").iterdir())
+    monkeypatch.setattr("harness.store.LEASE_S", lease_s)
+    begin = time.monotonic()
+    cache = Cache(tmp_path, shared=True)
+    with cache.lock(cache.folder / "thing"):
+        waited_s = time.monotonic() - begin
+    assert waited_s >= lease_s * 0.9 if elsewhere else waited_s < 30
+
+
+def test_jobs_have_names_for_messages(sweep: Sweep) -> None:
+    assert Job("windows", (sweep.cases[1],), "1/2").name == "q4_k_s standard, windows 1/2"
+    assert Job("timing", sweep.cases).name == "timing"
