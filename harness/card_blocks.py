@@ -193,7 +193,8 @@ def formats_block(offer: Offer) -> str:
         "the context comes on top."
     ]
     if timed:
-        key.append("Speed: tokens/s on the CPU named under the method, of the prompt and of generation.")
+        where = _timed_on(offer) or " on the CPU named under the method"
+        key.append(f"Speed: tokens/s{where}, of the prompt and of generation.")
     variants = sorted((row for row in runs if row["mode"] != "reference"), key=lambda row: -row["file_bytes"])
     kept = [offer.file(row["name"]) for row in variants if row["dominated_by"] is None]
     key.append(
@@ -240,7 +241,7 @@ def method_block(offer: Offer) -> str:
         f"{versions['llama_cpp_python']}; {settings['ubatch_tokens']} tokens at a time, flash attention "
         f"{'on' if settings.get('flash_attention', True) else 'off'}",
         "Machine": "; ".join(str(one) for one in machine if one),
-        "Speed": "a timing pass of its own, every file in turn, several rounds; the median counts"
+        "Speed": f"a timing pass of its own{_timed_on(offer)}, every file in turn, several rounds; the median counts"
         if len(offer.speed)
         else _NOT_MEASURED,
     }
@@ -360,6 +361,12 @@ def _text_said(offer: Offer) -> str:
         f"Measured on the text {prompts['name']} (sha256 {prompts['text_sha256'][:12]}), "
         f"{prompts['n_windows']} windows of {prompts['window_tokens']} tokens, the same for every file"
     )
+
+
+def _timed_on(offer: Offer) -> str:
+    """Where it was, unless on the machine that the method names."""
+    cpu = offer.results.timed_passes[-1].environment.get("cpu")
+    return f" on {cpu}" if cpu and cpu != offer.measured[0].data["environment"].get("cpu") else ""
 
 
 def _named(case: object, offer: Offer) -> str | None:
