@@ -23,7 +23,7 @@ from harness.recipes import short_entries
 from harness.record import Record
 from harness.report import Results
 from harness.summary import key_improvements, tradeoffs
-from harness.tables import Table, card_table, file_table, plus_minus, recommendation, size
+from harness.tables import Table, card_table, file_table, plus_minus, pure_notes, recommendation, size
 
 # The formats of the summary table that cards of GGUF files have -> quants that are such files.
 CARD_FORMATS = {
@@ -134,7 +134,7 @@ def comparison_block(offer: Offer) -> str:
     )
     improvements = key_improvements(table) or ["No perplexity is lower beyond noise"]
     return _paragraphs(
-        markdown(_escaped(card_table(table))),
+        markdown(_escaped(card_table(table))),  # the key below has its notes
         "Key:",
         _bullets(
             [
@@ -142,6 +142,7 @@ def comparison_block(offer: Offer) -> str:
                 "Δ PPL: change from standard to DynamicGate on the same tokens; [a, b]: its 95 % interval",
                 speed,
                 "Size: of the file; G and M are binary (2^30 and 2^20 bytes)",
+                *pure_notes(offer.runs),
                 _text_said(offer),
             ]
         ),
@@ -161,7 +162,7 @@ def files_block(offer: Offer) -> str:
     return _paragraphs(
         markdown(_escaped(file_table(named))),
         "bpw: bits per weight over all tensors. Mean KLD: KL divergence from the reference, in nats; lower is better. "
-        + md(_text_said(offer)),
+        + md(". ".join([_text_said(offer), *pure_notes(offer.runs)])),
         "\n".join(f"- {code(offer.file(record.name))}: {_types_text(record)}" for record in offer.variants),
     )
 
@@ -203,6 +204,7 @@ def formats_block(offer: Offer) -> str:
         if len(kept) > 1
         else f"The file to take of those measured: {code(kept[0])}."
     )
+    key += map(md, pure_notes(offer.runs))
     return _paragraphs(markdown(_escaped(table)), " ".join(key))
 
 

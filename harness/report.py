@@ -37,6 +37,7 @@ from harness.tables import (
     llama_bench_table,
     percent,
     plus_minus,
+    pure_notes,
     seconds,
     size,
     speed_table,
@@ -154,7 +155,8 @@ class Results:
             tables["speed"] = speed_table(self.speed)
         if len(self.layers):
             tables["layers"] = layer_table(self.layers)
-        return tables
+        frames = {"attribution": self.attribution, "speed": self.speed, "layers": self.layers}
+        return {name: self._noted(table, frames.get(name, self.runs)) for name, table in tables.items()}
 
     @cached_property
     def more_tables(self) -> dict[str, Table]:
@@ -164,7 +166,12 @@ class Results:
             "divergence": divergence_table(self.runs),
             "files": file_table(self.runs),
         }
-        return {name: table for name, table in tables.items() if table.rows}
+        return {name: self._noted(table, self.runs) for name, table in tables.items() if table.rows}
+
+    def _noted(self, table: Table, named: pd.DataFrame) -> Table:
+        """With a note on the pure presets among the quants that it names."""
+        notes = pure_notes(self.runs[self.runs.quant.isin(named.quant)])
+        return replace(table, notes=(*table.notes, *notes))
 
 
 def load_results(

@@ -68,6 +68,18 @@ def card_table(table: pd.DataFrame) -> Table:
     return Table("Standard and DynamicGate", TABLE_COLUMNS, rows, notes)
 
 
+def pure_notes(runs: pd.DataFrame) -> tuple[str, ...]:
+    """Which quants of these runs are presets made with --pure, in one sentence; none without."""
+    quants = [str(quant).upper() for quant in dict.fromkeys(runs.quant[runs.pure.eq(True)])]
+    if not quants:
+        return ()
+    words = "is a pure preset" if len(quants) == 1 else "are pure presets"
+    return (
+        f"{', '.join(quants)} {words} (llama-quantize --pure): one type for all tensors that nothing else names, "
+        "unlike llama.cpp's own mixture of that name.",
+    )
+
+
 def case_table(runs: pd.DataFrame) -> Table:
     """Every case by itself: size, perplexity, divergence, and how it stands at equal size."""
     rows: list[tuple[str, ...]] = [

@@ -813,6 +813,25 @@ def test_seconds_of_the_scoring_are_called_so_and_are_of_one_machine(tmp_path: P
     assert "at the median speed of the timing pass." in unwrapped(timed.text)
 
 
+def test_a_pure_preset_is_told_under_every_table_that_names_it(tmp_path: Path) -> None:
+    put_reference(tmp_path)
+    put_pair(tmp_path)
+    assert "pure" not in write_report(tmp_path).text
+    mixture = {"file_type": "q4_0", "embedding_type": None, "output_type": None, "pure": True}
+    put(
+        tmp_path, "q4_0", "standard", mixture={**mixture, "plain_file_type": "q4_0", "plain": {"output.weight": "q6_k"}}
+    )
+    put_timing(tmp_path, "01", HERE, reference=1.0)
+    said = "Q4_0 is a pure preset (llama-quantize --pure)"
+    text = unwrapped(write_full_report([tmp_path], tmp_path / "report").text)
+    assert text.count(said) == 1, "once below all tables"
+    for name in ("card", "cases", "board", "divergence", "files"):
+        for kind in ("md", "html", "tex"):
+            written = unwrapped((tmp_path / "report" / f"{name}.{kind}").read_text(encoding="utf-8"))
+            assert said.replace("_", r"\_") in written if kind == "tex" else said in written, (name, kind)
+    assert said not in (tmp_path / "report" / "speed.md").read_text(encoding="utf-8"), "it was not timed"
+
+
 def test_a_failed_record_may_be_unlike(tmp_path: Path) -> None:
     """Its numbers stand nowhere."""
     put_pair(tmp_path)
