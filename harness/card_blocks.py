@@ -5,7 +5,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -57,12 +57,14 @@ _NOT_FOR_READERS = frozenset({"dominated", "not_timed", "rules_for_other_models"
 @dataclass(frozen=True)
 class Offer:
     """What a card is about: the results of the files to offer, the name in front of theirs, and the names of the
-    shipped options of conf/ by group (model, prompts, calibration, policy, and of quant the presets), for the commands.
+    shipped options of conf/ by group (model, prompts, calibration, policy, and of quant the presets), for the commands;
+    sources: by group and option where its file comes from, in words, and its sha256 where that is known.
     """
 
     results: Results
     name: str
     shipped: Mapping[str, Collection[str]]
+    sources: Mapping[str, Mapping[str, tuple[str, str | None]]] = field(default_factory=dict)
 
     @cached_property
     def measured(self) -> tuple[Record, ...]:
@@ -227,18 +229,16 @@ def method_block(offer: Offer) -> str:
     ]
     facts = {
         "Reference": f"{reference['name']} {(reference['file_type'] or '').upper()}, {size(reference['file_bytes'])}; "
-        f"sha256 of its source {reference['source_sha256']}",
+        f"sha256 of its source {reference['source_sha256']}" + _origin("model", reference["name"], offer, reference),
         "Text": f"{prompts['name']}, its first {prompts['n_windows']} windows of {n_tokens} tokens; sha256 of the text "
-        f"{prompts['text_sha256']}",
+        f"{prompts['text_sha256']}" + _origin("prompts", prompts["name"], offer, prompts),
         "Prompt set": f"id {prompts['id']} (sha256 of the token ids); the same for every file",
         "PPL": f"exp of the mean negative log-likelihood of the last {scored} tokens of every window, each window from "
         "an empty context",
         "KLD": "KL(reference || file) over the whole vocabulary, mean over the same tokens, in nats",
         "Noise": "95 % intervals of paired differences from a bootstrap over blocks of tokens; a change is named "
         "when it holds after Holm's adjustment over the rows of the table. All of it speaks about this text only",
-        "imatrix": "none"
-        if calibration is None
-        else f"{calibration['name']}, {calibration['n_windows']} windows of {calibration['window_tokens']} tokens",
+        "imatrix": _imatrix_text(calibration, offer),
         "Software": f"gguf-harness {environment.get('harness')}{commit}; llama-cpp-python "
         f"{versions['llama_cpp_python']}; {settings['ubatch_tokens']} tokens at a time, flash attention "
         f"{'on' if settings.get('flash_attention', True) else 'off'}",
@@ -457,8 +457,27 @@ def _calibration(offer: Offer) -> dict[str, Any] | None:
     return next((r.data["calibration"] for r in offer.measured if r.data.get("calibration")), None)
 
 
+def _origin(group: str, name: str, offer: Offer, data: Mapping[str, Any]) -> str:
+    """'; from ...': where a shipped option's file comes from, if these are its bytes; '' for a file of one's own."""
+    where, sha256 = offer.sources.get(group, {}).get(name, ("", None))
+    measured = data.get("source_sha256") or data.get("text_sha256")
+    return f"; from {where}" if where and (sha256 is None or measured in (None, sha256)) else ""
+
+
+def _imatrix_text(calibration: Mapping[str, Any] | None, offer: Offer) -> str:
+    """What it was made of, or which ready file it is."""
+    if calibration is None:
+        return "none"
+    if not calibration["n_windows"]:
+        return f"the ready file {calibration['name']}, sha256 {calibration['id']}"
+    windows = f"{calibration['n_windows']} windows of {calibration['window_tokens']} tokens"
+    return f"of the text {calibration['name']}, its first {windows}" + _origin(
+        "calibration", calibration["name"], offer, calibration
+    )
+
+
 def _commands(offer: Offer) -> str:
-    """Sweeps that measure the same files again, one a policy; then llama.cpp's own tool on one file."""
+    """Sweeps that measure the same files and placebos again, one a policy; then llama.cpp's own tool on one file."""
     data = offer.measured[0].data
     prompts, settings = data["prompt_set"], data["settings"]
     calibration = _calibration(offer)
@@ -467,15 +486,16 @@ def _commands(offer: Offer) -> str:
         _source("model", data["reference"]["name"], ".gguf", offer),
         _source("prompts", prompts["name"], ".txt", offer),
         f"prompts.n_windows={prompts['n_windows']} prompts.window_tokens={prompts['window_tokens']}",
-        "calibration=none" if calibration is None else _source("calibration", calibration["name"], ".txt", offer),
+        _calibration_setting(calibration, offer),
         *_calibration_windows(calibration),
         *([f"measure.first_scored={settings['first_scored']}"] if settings["first_scored"] != half else []),
+        *([f"measure.kld_reference={settings['kld_reference']}"] if settings.get("kld_reference") else []),
         f"measure.ubatch_tokens={settings['ubatch_tokens']} "
         f"measure.flash_attention={str(settings.get('flash_attention', True)).lower()} "
         f"runtime.threads={settings['threads']}",
     ]
     groups: dict[tuple[str, str | None], list[str]] = {}
-    for record in offer.variants:
+    for record in (*offer.variants, *_placebos(offer)):
         _, mode, policy = record.label
         groups.setdefault((mode, policy), []).append(_quant_setting(record, offer))
     by_quants: dict[tuple[str, ...], list[tuple[str, str | None]]] = {}
@@ -517,6 +537,23 @@ def _quant_setting(record: Record, offer: Offer) -> str:
     settings += [f"quant.embedding_type={mixture.embedding_type or 'null'}"]
     settings += [f"quant.output_type={mixture.output_type or 'null'}", f"quant.pure={str(mixture.pure).lower()}"]
     return " ".join([mixture.file_type, *settings])
+
+
+def _placebos(offer: Offer) -> list[Record]:
+    """What the offered files were compared with; of the parts of an attribution the card says nothing."""
+    return [
+        record
+        for record in offer.results.measured
+        if record.data["mode"].startswith("placebo") and "_without_" not in (record.data["policy"] or "")
+    ]
+
+
+def _calibration_setting(calibration: Mapping[str, Any] | None, offer: Offer) -> str:
+    if calibration is None:
+        return "calibration=none"
+    if not calibration["n_windows"]:
+        return f"calibration.imatrix={file_name(calibration['name'])}"
+    return _source("calibration", calibration["name"], ".txt", offer)
 
 
 def _calibration_windows(calibration: Mapping[str, Any] | None) -> list[str]:
