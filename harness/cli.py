@@ -111,8 +111,8 @@ CACHE_HELP = """usage: python -m harness cache [prune=SIZE|all] [runtime.cache_d
 Shows the cache by kind, its largest files, and the quantized tensors that were not used for longest. Whatever lies in
 it can be made again; while no sweep runs, its folders may be deleted.
 
-  prune=SIZE             remove quantized tensors, the least recently used first, until SIZE is left (5GB, 300MB, 0);
-                         waits for a sweep that is quantizing
+  prune=SIZE             remove quantized tensors, the least recently used first, until SIZE is left (5GB, 5GiB, 300MB,
+                         0); waits for a sweep that is quantizing
   prune=all              remove all of them
   runtime.cache_dir=DIR  default: the user's cache folder
 
