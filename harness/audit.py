@@ -34,7 +34,8 @@ _TEXT = re.compile(
     r"wiki[-_. ]?text|wiki\.|\bc4\b|\bptb\b|penn treebank|the pile|fineweb|redpajama|lambada"
     # or any text that has a name or a checksum: "measured on the text abc", "dataset: abc", "prompt set (sha256 ...)"
     r"|\b(?:on|over|of) the (?:text|corpus|data ?set|prompt set) [`'\"]?(?!and\b|that\b|in\b|is\b|was\b)\w"
-    r"|\b(?:text|corpus|data ?set|prompt set)s?(?:\s?[:=]\s?\S| \(?sha256)",
+    r"|\b(?:text|corpus|data ?set|prompt set)s?(?:\s?[:=]\s?\S| \(?sha256)"
+    r"|\bon [\w.+\-]{1,80}(?:[:,] | \()\d[\d,]{0,12} (?:windows|chunks|tokens)\b",  # as `report` writes it
     re.IGNORECASE,
 )
 _SCORED = re.compile(
@@ -95,8 +96,11 @@ def audit_text(text: str, name: str, *, is_csv: bool = False) -> list[TableAudit
 
 
 def delta_findings(table: Table) -> list[Finding]:
-    """Printed differences that the printed figures do not give; those cut instead of rounded apart from wrong ones."""
-    cut, wrong = [], []
+    """Printed differences that the printed figures do not give: cut instead of rounded, wrong, or right only with
+    digits that are not printed. A difference with an interval of its own was measured, not taken from two figures."""
+    cut: list[str] = []
+    wrong: list[str] = []
+    unconfirmed: list[str] = []
     for row in table.rows:
         for measure, as_printed in row.deltas.items():
             change = _right_delta(row, measure, as_printed)
@@ -105,38 +109,40 @@ def delta_findings(table: Table) -> list[Finding]:
             # A 'reduction' may be written with either sign.
             signless = math.copysign(as_printed.value, change.value)
             printed = replace(as_printed, value=signless) if measure in table.unsigned else as_printed
-            step = 2 * printed.half
-            exact = 1e-9 * abs(change.value)  # the last digits of a table written by a program
-            if abs(printed.value - change.value) <= printed.half * (1 + 1e-6) + exact:  # a last 5 may go either way
+            slack = printed.half * 1e-6 + 1e-9 * abs(change.value)  # the last digits of a table written by a program
+            reach = printed.half + slack  # a last 5 may go either way
+            if abs(printed.value - change.value) <= reach:
                 continue
-            shown = f"{row.label} {measure}: {_signed(printed.value, printed)} printed, "
             right = f"{change.value:+.{printed.decimals + 1}f}{printed.unit}"
-            is_cut = abs(_cut(change.value, printed) - printed.value) < 0.01 * step
-            if is_cut and change.high - change.low <= 2 * step:
-                rounded = f"{change.value:+.{printed.decimals}f}{printed.unit}"
-                cut.append(f"{shown}{right} from the printed figures, which rounds to {rounded}")
-            elif change.high < printed.value - printed.half or change.low > printed.value + printed.half:
-                wrong.append(f"{shown}{right} from the printed figures")
-    findings = []
-    if cut:
-        findings.append(
-            Finding(
-                "cut_delta",
-                _listed(cut),
-                "a digit was cut off instead of rounded, or figures were used that are not printed",
-                "round, or publish the figures with more digits",
-            )
-        )
-    if wrong:
-        findings.append(
-            Finding(
-                "wrong_delta",
-                _listed(wrong),
-                "no rounding of the printed figures gives this difference",
-                "compute the column again, or correct the figures that it came from",
-            )
-        )
-    return findings
+            text = f"{row.label} {measure}: {_signed(printed.value, printed)} printed, {right} from the printed figures"
+            rounded = f"{text}, which rounds to {change.value:+.{printed.decimals}f}{printed.unit}"
+            is_cut = abs(_cut(change.value, printed) - printed.value) < 0.01 * 2 * printed.half
+            is_fine = change.high - change.low <= 4 * printed.half  # else nearly every difference would be right
+            if change.high < printed.value - reach or change.low > printed.value + reach:
+                (cut if is_cut and is_fine else wrong).append(rounded if is_cut and is_fine else text)
+            elif is_cut and is_fine and not printed.has_interval:
+                unconfirmed.append(rounded)
+    kinds = (
+        (
+            "cut_delta",
+            cut,
+            "a digit was cut off instead of rounded: no figures that round to the printed ones give this",
+            "round, and look at the other differences of the column",
+        ),
+        (
+            "wrong_delta",
+            wrong,
+            "no rounding of the printed figures gives this difference",
+            "compute the column again, or correct the figures that it came from",
+        ),
+        (
+            "unconfirmed_delta",
+            unconfirmed,
+            "a digit was cut off instead of rounded, or it came from digits that are not printed",
+            "publish the figures with more digits",
+        ),
+    )
+    return [Finding(kind, _listed(found), why, todo) for kind, found, why, todo in kinds if found]
 
 
 def order_findings(table: Table) -> list[Finding]:

@@ -9,6 +9,7 @@ from harness.store import Cache, free_bytes
 from harness.tensor_cache import entries
 
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _SHOWN = 5
 
 
@@ -41,12 +42,15 @@ def cache_text(cache: Cache) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes that may stay: '5GB', '300 MB', '0'; 'all' leaves none. Raises UserError on anything else."""
+    """Bytes that may stay: '5GB', '300 MB', '5GiB' (binary), '0'; 'all' leaves none. Raises UserError on anything
+    else."""
     if text == "all":
         return 0
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([kmgt]?b?)", text.lower())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([kmgt]?b?|[kmgt]ib)", text.lower())
     if not match or match[2] not in _UNITS:
-        raise UserError(f"prune={text}: say how much may stay, such as 5GB, 300MB or 0, or all to remove everything")
+        raise UserError(
+            f"prune={text}: say how much may stay, such as 5GB, 5GiB, 300MB or 0, or all to remove everything"
+        )
     return round(float(match[1]) * _UNITS[match[2]])
 
 

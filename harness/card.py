@@ -19,6 +19,7 @@ MAX_TABLES = 8
 _MAX_LINE = 4000  # characters; longer lines are no rows of a table that a person reads
 _MAX_COLUMNS = 60
 _MAX_CELL = 200
+_MOST_DIGITS = 6  # of a figure that is shown as it was printed
 
 BASE, OTHER = "base", "other"  # the two sides of a comparison; a plain board has only the base
 
@@ -56,6 +57,7 @@ _UNIT = re.compile(
     re.IGNORECASE,
 )
 _SE = re.compile(r"(?:±|\+/-|\+-)\s*(\d{1,15}(?:\.\d{1,20})?|\.\d{1,20})\s*")
+_INTERVAL = re.compile(r"[\[(]\s*[+\-−–]?\s*\d[^\](,;]{0,30}[,;]\s*[+\-−–]?\s*\d[^\](]{0,30}[\])]")
 _LOWER = re.compile(r"lower|less|smaller|reduction|better|decrease|faster|fewer|down", re.IGNORECASE)
 _HIGHER = re.compile(r"higher|more|larger|bigger|worse|increase|slower|up\b", re.IGNORECASE)
 _TRAILER = re.compile(r"[\s*†‡¹²³⁴✓✅❌⬇⬆↓↑️.]*")  # footnote marks and arrows after a figure
@@ -75,7 +77,7 @@ _DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 @dataclass(frozen=True)
 class Figure:
     """One printed number. half: half a unit of its last digit; digits: significant ones; unit: '%', 's', '/s', '',
-    or one of a size, such as 'G' or 'MiB'; signed: a sign was printed."""
+    or one of a size, such as 'G' or 'MiB'; signed: a sign was printed; has_interval: [a, b] stands behind it."""
 
     value: float
     half: float
@@ -83,6 +85,7 @@ class Figure:
     unit: str = ""
     signed: bool = False
     se: float | None = None
+    has_interval: bool = False
 
     @property
     def decimals(self) -> int:
@@ -99,7 +102,12 @@ class Figure:
 
     @property
     def text(self) -> str:
-        """As printed, but for its sign."""
+        """As printed, but for its sign; what a program wrote in full as a person would."""
+        if self.digits > _MOST_DIGITS and self.unit == "B":
+            unit, scale = next((one for one in reversed(_BINARY.items()) if one[1] <= self.value), ("B", 1))
+            return f"{self.value / scale:.{1 if scale > 1 else 0}f}{unit}"
+        if max(self.digits, self.decimals) > _MOST_DIGITS:
+            return f"{self.value:.{min(2, self.decimals)}f}{'' if self.unit == '/s' else self.unit}"
         return f"{self.value:.{self.decimals}f}{'' if self.unit == '/s' else self.unit}"
 
 
@@ -225,6 +233,7 @@ def parse_figure(cell: str, unit_hint: str = "") -> Figure | None:
         error = _SE.match(rest)
         if error and se is None:
             se, rest = float(error[1]), rest[error.end() :]
+    has_interval = _INTERVAL.match(rest.strip()) is not None
     rest = re.sub(r"^[\[(][^\])]*[\])]", "", rest.strip())  # an interval or a remark in brackets
     sign = -1.0 if match["sign"] in ("-", "−", "–") else 1.0
     signed = bool(match["sign"])
@@ -239,7 +248,9 @@ def parse_figure(cell: str, unit_hint: str = "") -> Figure | None:
     half, factor = 0.5 * 10.0**-decimals, {"ms": 1e-3, "min": 60.0}.get(unit, 1.0)
     digits = len(number.replace(".", "").lstrip("0"))
     unit = "s" if unit in ("ms", "min") else unit or unit_hint
-    return Figure(sign * value * factor, half * factor, digits, unit, signed, None if se is None else se * factor)
+    return Figure(
+        sign * value * factor, half * factor, digits, unit, signed, None if se is None else se * factor, has_interval
+    )
 
 
 def printable(text: str, limit: int = 60) -> str:

@@ -5,7 +5,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,7 @@ from harness.recipes import short_entries
 from harness.record import Record
 from harness.report import Results
 from harness.summary import key_improvements, tradeoffs
-from harness.tables import Table, card_table, file_table, plus_minus, recommendation, size
+from harness.tables import Table, card_table, file_table, plus_minus, pure_notes, recommendation, size
 
 # The formats of the summary table that cards of GGUF files have -> quants that are such files.
 CARD_FORMATS = {
@@ -57,12 +57,14 @@ _NOT_FOR_READERS = frozenset({"dominated", "not_timed", "rules_for_other_models"
 @dataclass(frozen=True)
 class Offer:
     """What a card is about: the results of the files to offer, the name in front of theirs, and the names of the
-    shipped options of conf/ by group (model, prompts, calibration, policy, and of quant the presets), for the commands.
+    shipped options of conf/ by group (model, prompts, calibration, policy, and of quant the presets), for the commands;
+    sources: by group and option where its file comes from, in words, and its sha256 where that is known.
     """
 
     results: Results
     name: str
     shipped: Mapping[str, Collection[str]]
+    sources: Mapping[str, Mapping[str, tuple[str, str | None]]] = field(default_factory=dict)
 
     @cached_property
     def measured(self) -> tuple[Record, ...]:
@@ -134,7 +136,7 @@ def comparison_block(offer: Offer) -> str:
     )
     improvements = key_improvements(table) or ["No perplexity is lower beyond noise"]
     return _paragraphs(
-        markdown(_escaped(card_table(table))),
+        markdown(_escaped(card_table(table))),  # the key below has its notes
         "Key:",
         _bullets(
             [
@@ -142,6 +144,7 @@ def comparison_block(offer: Offer) -> str:
                 "Δ PPL: change from standard to DynamicGate on the same tokens; [a, b]: its 95 % interval",
                 speed,
                 "Size: of the file; G and M are binary (2^30 and 2^20 bytes)",
+                *pure_notes(offer.runs),
                 _text_said(offer),
             ]
         ),
@@ -161,7 +164,7 @@ def files_block(offer: Offer) -> str:
     return _paragraphs(
         markdown(_escaped(file_table(named))),
         "bpw: bits per weight over all tensors. Mean KLD: KL divergence from the reference, in nats; lower is better. "
-        + md(_text_said(offer)),
+        + md(". ".join([_text_said(offer), *pure_notes(offer.runs)])),
         "\n".join(f"- {code(offer.file(record.name))}: {_types_text(record)}" for record in offer.variants),
     )
 
@@ -193,7 +196,8 @@ def formats_block(offer: Offer) -> str:
         "the context comes on top."
     ]
     if timed:
-        key.append("Speed: tokens/s on the CPU named under the method, of the prompt and of generation.")
+        where = _timed_on(offer) or " on the CPU named under the method"
+        key.append(f"Speed: tokens/s{where}, of the prompt and of generation.")
     variants = sorted((row for row in runs if row["mode"] != "reference"), key=lambda row: -row["file_bytes"])
     kept = [offer.file(row["name"]) for row in variants if row["dominated_by"] is None]
     key.append(
@@ -202,6 +206,7 @@ def formats_block(offer: Offer) -> str:
         if len(kept) > 1
         else f"The file to take of those measured: {code(kept[0])}."
     )
+    key += map(md, pure_notes(offer.runs))
     return _paragraphs(markdown(_escaped(table)), " ".join(key))
 
 
@@ -224,23 +229,21 @@ def method_block(offer: Offer) -> str:
     ]
     facts = {
         "Reference": f"{reference['name']} {(reference['file_type'] or '').upper()}, {size(reference['file_bytes'])}; "
-        f"sha256 of its source {reference['source_sha256']}",
+        f"sha256 of its source {reference['source_sha256']}" + _origin("model", reference["name"], offer, reference),
         "Text": f"{prompts['name']}, its first {prompts['n_windows']} windows of {n_tokens} tokens; sha256 of the text "
-        f"{prompts['text_sha256']}",
+        f"{prompts['text_sha256']}" + _origin("prompts", prompts["name"], offer, prompts),
         "Prompt set": f"id {prompts['id']} (sha256 of the token ids); the same for every file",
         "PPL": f"exp of the mean negative log-likelihood of the last {scored} tokens of every window, each window from "
         "an empty context",
         "KLD": "KL(reference || file) over the whole vocabulary, mean over the same tokens, in nats",
         "Noise": "95 % intervals of paired differences from a bootstrap over blocks of tokens; a change is named "
         "when it holds after Holm's adjustment over the rows of the table. All of it speaks about this text only",
-        "imatrix": "none"
-        if calibration is None
-        else f"{calibration['name']}, {calibration['n_windows']} windows of {calibration['window_tokens']} tokens",
+        "imatrix": _imatrix_text(calibration, offer),
         "Software": f"gguf-harness {environment.get('harness')}{commit}; llama-cpp-python "
         f"{versions['llama_cpp_python']}; {settings['ubatch_tokens']} tokens at a time, flash attention "
         f"{'on' if settings.get('flash_attention', True) else 'off'}",
         "Machine": "; ".join(str(one) for one in machine if one),
-        "Speed": "a timing pass of its own, every file in turn, several rounds; the median counts"
+        "Speed": f"a timing pass of its own{_timed_on(offer)}, every file in turn, several rounds; the median counts"
         if len(offer.speed)
         else _NOT_MEASURED,
     }
@@ -362,6 +365,12 @@ def _text_said(offer: Offer) -> str:
     )
 
 
+def _timed_on(offer: Offer) -> str:
+    """Where it was, unless on the machine that the method names."""
+    cpu = offer.results.timed_passes[-1].environment.get("cpu")
+    return f" on {cpu}" if cpu and cpu != offer.measured[0].data["environment"].get("cpu") else ""
+
+
 def _named(case: object, offer: Offer) -> str | None:
     return offer.file(case) if isinstance(case, str) else None
 
@@ -448,8 +457,27 @@ def _calibration(offer: Offer) -> dict[str, Any] | None:
     return next((r.data["calibration"] for r in offer.measured if r.data.get("calibration")), None)
 
 
+def _origin(group: str, name: str, offer: Offer, data: Mapping[str, Any]) -> str:
+    """'; from ...': where a shipped option's file comes from, if these are its bytes; '' for a file of one's own."""
+    where, sha256 = offer.sources.get(group, {}).get(name, ("", None))
+    measured = data.get("source_sha256") or data.get("text_sha256")
+    return f"; from {where}" if where and (sha256 is None or measured in (None, sha256)) else ""
+
+
+def _imatrix_text(calibration: Mapping[str, Any] | None, offer: Offer) -> str:
+    """What it was made of, or which ready file it is."""
+    if calibration is None:
+        return "none"
+    if not calibration["n_windows"]:
+        return f"the ready file {calibration['name']}, sha256 {calibration['id']}"
+    windows = f"{calibration['n_windows']} windows of {calibration['window_tokens']} tokens"
+    return f"of the text {calibration['name']}, its first {windows}" + _origin(
+        "calibration", calibration["name"], offer, calibration
+    )
+
+
 def _commands(offer: Offer) -> str:
-    """Sweeps that measure the same files again, one a policy; then llama.cpp's own tool on one file."""
+    """Sweeps that measure the same files and placebos again, one a policy; then llama.cpp's own tool on one file."""
     data = offer.measured[0].data
     prompts, settings = data["prompt_set"], data["settings"]
     calibration = _calibration(offer)
@@ -458,15 +486,16 @@ def _commands(offer: Offer) -> str:
         _source("model", data["reference"]["name"], ".gguf", offer),
         _source("prompts", prompts["name"], ".txt", offer),
         f"prompts.n_windows={prompts['n_windows']} prompts.window_tokens={prompts['window_tokens']}",
-        "calibration=none" if calibration is None else _source("calibration", calibration["name"], ".txt", offer),
+        _calibration_setting(calibration, offer),
         *_calibration_windows(calibration),
         *([f"measure.first_scored={settings['first_scored']}"] if settings["first_scored"] != half else []),
+        *([f"measure.kld_reference={settings['kld_reference']}"] if settings.get("kld_reference") else []),
         f"measure.ubatch_tokens={settings['ubatch_tokens']} "
         f"measure.flash_attention={str(settings.get('flash_attention', True)).lower()} "
         f"runtime.threads={settings['threads']}",
     ]
     groups: dict[tuple[str, str | None], list[str]] = {}
-    for record in offer.variants:
+    for record in (*offer.variants, *_placebos(offer)):
         _, mode, policy = record.label
         groups.setdefault((mode, policy), []).append(_quant_setting(record, offer))
     by_quants: dict[tuple[str, ...], list[tuple[str, str | None]]] = {}
@@ -508,6 +537,23 @@ def _quant_setting(record: Record, offer: Offer) -> str:
     settings += [f"quant.embedding_type={mixture.embedding_type or 'null'}"]
     settings += [f"quant.output_type={mixture.output_type or 'null'}", f"quant.pure={str(mixture.pure).lower()}"]
     return " ".join([mixture.file_type, *settings])
+
+
+def _placebos(offer: Offer) -> list[Record]:
+    """What the offered files were compared with; of the parts of an attribution the card says nothing."""
+    return [
+        record
+        for record in offer.results.measured
+        if record.data["mode"].startswith("placebo") and "_without_" not in (record.data["policy"] or "")
+    ]
+
+
+def _calibration_setting(calibration: Mapping[str, Any] | None, offer: Offer) -> str:
+    if calibration is None:
+        return "calibration=none"
+    if not calibration["n_windows"]:
+        return f"calibration.imatrix={file_name(calibration['name'])}"
+    return _source("calibration", calibration["name"], ".txt", offer)
 
 
 def _calibration_windows(calibration: Mapping[str, Any] | None) -> list[str]:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from harness.compare import Measured
 from harness.ggml_types import UNQUANTIZED
-from harness.passes import SpeedPass
+from harness.passes import SpeedPass, machine_of
 from harness.record import COMPARABLE, first_difference
 from harness.stats import mean_interval
 
@@ -169,7 +169,7 @@ def environment_findings(environments: Sequence[dict[str, Any]]) -> list[Finding
                 "commit, then measure again what is to be published",
             )
         )
-    if len({(one["machine"], one["cpu"]) for one in environments}) > 1:
+    if len({machine_of(one) for one in environments}) > 1:
         findings.append(
             Finding(
                 "machines_differ",
@@ -190,8 +190,11 @@ def environment_findings(environments: Sequence[dict[str, Any]]) -> list[Finding
     return findings
 
 
-def speed_findings(passes: Sequence[SpeedPass], speed: pd.DataFrame) -> list[Finding]:
-    """What makes timings doubtful. speed: the frame of the cases that were timed."""
+def speed_findings(
+    passes: Sequence[SpeedPass], speed: pd.DataFrame, elsewhere: Sequence[SpeedPass] = ()
+) -> list[Finding]:
+    """What makes timings doubtful. passes: of one machine, those in the tables; speed: the frame of the cases that were
+    timed in them; elsewhere: passes of other machines, which are left out."""
     findings = []
     busy = [one for one in passes if one.other_cpu_share > BUSY_SHARE]
     if busy:
@@ -227,13 +230,17 @@ def speed_findings(passes: Sequence[SpeedPass], speed: pd.DataFrame) -> list[Fin
                 "time it on a larger machine",
             )
         )
-    if len({one.environment.get("machine") for one in passes if one.cases}) > 1:
+    if elsewhere:
+        others = {machine_of(one.environment) for one in elsewhere}
+        alone = len({key for one in elsewhere for key in one.cases} - {key for one in passes for key in one.cases})
+        shown = " ".join(str(one) for one in machine_of(passes[-1].environment) if one) or "one of them"
         findings.append(
             Finding(
                 "timing_machines_differ",
-                "the timing passes come from several machines",
-                "their tokens/s do not belong in one column",
-                "compare within one pass only: the column speed_pass of runs.csv tells",
+                f"files were timed on {1 + len(others)} machines: the speeds here are those of {shown}; "
+                + ("1 file timed elsewhere only has none" if alone == 1 else f"{alone} timed elsewhere only have none"),
+                "tokens/s of different machines do not belong in one column",
+                "time every file on one machine: delete the folder `speed` and run the sweep again there",
             )
         )
     return findings

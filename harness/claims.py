@@ -41,6 +41,8 @@ _FASTER = re.compile(r"\bfaster\b|speed-?up", re.IGNORECASE)
 _GROWTH = re.compile(r"increas|overhead|larger|bigger|\badd|extra|additional|grow|size difference", re.IGNORECASE)
 _OTHER_BASE = re.compile(r"\b(?:bf16|fp?16|fp?32|full.precision|unquantized|original|calibrat\w+)\b", re.IGNORECASE)
 _CLAIM = re.compile(r"\b(?:reduc\w+|improv\w+|better|lower\w*|cuts?|higher|faster|boost\w*)\b", re.IGNORECASE)
+# "11% of the weights": how much of something, not by how much it changed.
+_SHARE = re.compile(r"\s+of\s+(?:(?:the|its|their|all)\s+)?(?:weights|parameters|tensors|layers|bytes|tokens)\b", re.I)
 _WORD_OF_TYPE = re.compile(r"(?<![A-Za-z0-9])I?Q\d_[A-Za-z0-9_]{1,8}", re.IGNORECASE)
 
 
@@ -132,7 +134,11 @@ def _percent_findings(line: str, rows: Sequence[Row], table: Table) -> Iterator[
             wrong = _against_percent(claim, measure, _direction(line, match, measure, table), rows, table)
             if wrong:
                 yield _contradicted(claim, wrong)
-        elif not any(word.search(line) for word in _MEASURES.values()) and _CLAIM.search(line):
+        elif (
+            not _SHARE.match(line, match.end())
+            and not any(word.search(line) for word in _MEASURES.values())
+            and _CLAIM.search(line)
+        ):
             yield _unsupported(claim, rows)
 
 

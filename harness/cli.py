@@ -97,6 +97,19 @@ comparison, files, formats, method, recipes. The same results always give the sa
 exit codes: 0 written or current, 1 stale (--check), 2 bad input; a card is written whole or not at all
 """
 
+REPORT_HELP = """usage: python -m harness report [results=DIR ...] [out=DIR] [allow_different=FIELD ...]
+
+Writes tables in all formats (Markdown, HTML, LaTeX, CSV, Parquet), plots (PNG, SVG) and one HTML page from finished
+sweeps. It reads records only and needs no llama.cpp.
+
+  results=DIR              folder of a sweep (it has records/), also several; default: the only one in results/
+  out=DIR                  where to write; default: DIR/report; needed with several sweeps
+  allow_different=FIELD    rows may differ in FIELD, and a finding says so; also a list a,b:
+                           {may_differ}
+
+exit codes: 0 written, 1 a disk or a process that draws failed, 2 bad input
+"""
+
 CONVERT_HELP = """usage: python -m harness convert FOLDER [out=FILE.gguf] [type=bf16] [runtime.cache_dir=DIR]
 
 Makes a GGUF of a folder with config.json, the tokenizer and *.safetensors, with the converter of the llama.cpp that the
@@ -113,8 +126,8 @@ CACHE_HELP = """usage: python -m harness cache [prune=SIZE|all] [runtime.cache_d
 Shows the cache by kind, its largest files, and the quantized tensors that were not used for longest. Whatever lies in
 it can be made again; while no sweep runs, its folders may be deleted.
 
-  prune=SIZE             remove quantized tensors, the least recently used first, until SIZE is left (5GB, 300MB, 0);
-                         waits for a sweep that is quantizing
+  prune=SIZE             remove quantized tensors, the least recently used first, until SIZE is left (5GB, 5GiB, 300MB,
+                         0); waits for a sweep that is quantizing
   prune=all              remove all of them
   runtime.cache_dir=DIR  default: the user's cache folder
 
@@ -504,6 +517,10 @@ def _verb_help(verb: str) -> str:
     own = {"audit": AUDIT_HELP, "cache": CACHE_HELP, "card": CARD_HELP, "convert": CONVERT_HELP}
     if verb in own:
         return own[verb]
+    if verb == "report":
+        from harness.record import MAY_DIFFER
+
+        return REPORT_HELP.format(may_differ=_wrapped(list(MAY_DIFFER), indent=27))
     head = HELP.split("\n\nverbs", maxsplit=1)[0]
     usage = USAGE.get(verb, f"{verb} [key=value ...]")
     lines = [head.replace("VERB [key=value ...]", usage), "", "groups (GROUP=OPTION)"]

@@ -237,6 +237,25 @@ def options(group: str) -> list[str]:
     return sorted(names | set(FILE_TYPES) if group == "quant" else names)
 
 
+def sources(group: str) -> dict[str, tuple[str, str | None]]:
+    """Of each shipped model or text: where it comes from, in words, and the sha256 of the file where conf/ has it."""
+    import yaml
+
+    found: dict[str, tuple[str, str | None]] = {}
+    for path in sorted((_conf_dir() / group).glob("*.yaml")):
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        wheel, hub = data.get("wheel"), data.get("hub")
+        if wheel:
+            n = wheel.get("parts", 1)
+            package, member = (wheel[key].format(part=1) for key in ("package", "member"))
+            where = f"{member} of the Python package {package}" + (f" and {n - 1} more parts" if n > 1 else "")
+            found[path.stem] = where, wheel.get("sha256")
+        elif hub:
+            parts = (hub.get(key) for key in ("config", "split", "filename"))
+            found[path.stem] = f"{', '.join(filter(None, (hub['repo_id'], *parts)))} on the Hugging Face hub", None
+    return found
+
+
 def has_experiment(overrides: list[str]) -> bool:
     return any(one.lstrip("+").startswith("experiment=") for one in overrides)
 

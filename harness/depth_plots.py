@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_ONE_PANEL = 4  # up to so many lines by position stand in one panel
+_BARS_WIDTH = 0.6  # of the distance of two positions: what the bars side by side take
 _DASHES: tuple[Any, ...] = (
     "-",
     "--",
@@ -173,39 +175,47 @@ def plot_kld_distribution(quantiles: pd.DataFrame, title: str) -> Figure:
 
 
 def plot_position(positions: pd.DataFrame, n_variants: int, title: str) -> Figure:
-    """Mean nll above the reference's over the position in the window, with bands. n_variants: measured in all."""
-    figure = new_figure(5)
-    axes = figure.subplots()
+    """Mean nll above the reference's over the position in the window, with bars side by side. Of many variants the
+    worse half stands in a panel above the better one, each with a scale of its own. n_variants: measured in all."""
     names = list(dict.fromkeys(positions["name"]))[::-1]  # the worst first: the order of the lines
-    means = positions.delta_nll
-    log = means.min() > 0 and means.max() > 10 * means.min()
+    half = len(names) // 2
+    groups = [names] if len(names) <= _ONE_PANEL else [names[: len(names) - half], names[len(names) - half :]]
+    figure = new_figure(2.4 + 2.6 * len(groups))
+    panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False).ravel()
     kinds = styles(positions.series)
     quants = list(dict.fromkeys(positions.quant[::-1]))  # colour and marker a mode as everywhere, dashes a quant
-    for name in names:
-        rows = positions[positions["name"] == name]
-        quant, (colour, marker, label) = rows.quant.iloc[0], kinds[rows.series.iloc[0]]
-        axes.plot(
-            rows.position,
-            rows.delta_nll,
-            label=f"{quant.upper()} {label}",
-            color=colour,
-            marker=marker,
-            markersize=5,
-            linestyle=_DASHES[quants.index(quant) % len(_DASHES)],
-        )
-        axes.fill_between(rows.position, rows.low, rows.high, color=colour, alpha=0.13, linewidth=0)
-    if log:
-        log_axis(axes, means)
-    else:
-        axes.axhline(0, color="#000000", linewidth=0.8)
-    axes.set_xlabel("position of the token in its window")
-    axes.set_ylabel("mean nll above the reference's (nats)")
-    half = len(names) // 2
-    shown = (
-        "" if len(names) == n_variants else f"the {half} best and {len(names) - half} worst of {n_variants} variants"
-    )
-    bands = "bands are 95 % intervals over the windows" if positions.low.notna().any() else "one window: no bands"
-    axes.set_title(heading(title, f"loss by position, in blocks of tokens; {bands}", shown), fontsize=10)
-    axes.grid(alpha=0.3)
+    blocks = np.unique(positions.position)
+    step = float(np.diff(blocks).min()) if len(blocks) > 1 else 1.0
+    for axes, group in zip(panels, groups, strict=True):
+        for i, name in enumerate(group):
+            rows = positions[positions["name"] == name]
+            quant, (colour, marker, label) = rows.quant.iloc[0], kinds[rows.series.iloc[0]]
+            places = rows.position + step * _BARS_WIDTH * ((i + 0.5) / len(group) - 0.5)
+            axes.plot(
+                places,
+                rows.delta_nll,
+                label=f"{quant.upper()} {label}",
+                color=colour,
+                marker=marker,
+                markersize=5,
+                markeredgecolor="white",
+                markeredgewidth=0.6,
+                linewidth=1.2,
+                linestyle=_DASHES[quants.index(quant) % len(_DASHES)],
+                zorder=3,
+            )
+            axes.vlines(places, rows.low, rows.high, color=colour, linewidth=1.2, alpha=0.6)
+        of_group = positions[positions["name"].isin(group)].delta_nll
+        if of_group.min() > 0 and of_group.max() > 10 * of_group.min():
+            log_axis(axes, of_group)
+        elif of_group.min() < 0.25 * of_group.max():  # else 0 would flatten the lines
+            axes.axhline(0, color="#000000", linewidth=0.8)
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel("position of the token in its window")
+    figure.supylabel("mean nll above the reference's (nats)", fontsize=10)
+    few = "" if len(names) == n_variants else f"the {half} best and {len(names) - half} worst of {n_variants} variants"
+    few += ("; " if few else "") + "above the worse half, below the better one" if len(groups) > 1 else ""
+    bars = "bars are 95 % intervals over the windows" if positions.low.notna().any() else "one window: no intervals"
+    figure.suptitle(heading(title, f"loss by position, in blocks of tokens; {bars}", few), fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, handlelength=5)
     return figure

@@ -12,9 +12,11 @@ from harness import metrics
 from harness.compare import Measured, Verdict, difference, dominators, equal_size_verdict, pareto_front
 from harness.mixture import Mixture
 from harness.pass_frames import speed_columns
-from harness.passes import Timing
+from harness.passes import Timing, machine_of
 from harness.record import Record, field
 from harness.stats import Interval, holm, mean_interval
+
+TIMED, SCORED = "timing", "scoring"  # what the seconds of the comparison are of
 
 
 def measured_cases(records: Iterable[Record]) -> list[Measured]:
@@ -62,7 +64,7 @@ def comparison_frame(runs: pd.DataFrame, records: Sequence[Record]) -> pd.DataFr
     """One row for each quant and other mode: standard beside it, as numbers. Deltas are empty without a pair."""
     cases = {case.name: case for case in measured_cases(records)}
     good = runs[(runs.status == "ok") & (runs["mode"] != "reference")]
-    any_timed = bool(good.speed_pass.notna().any())
+    speed_from = _speed_from(good)
     of_quants: dict[str, list[Any]] = {}
     for run in good.to_dict("records"):
         policy = None if pd.isna(run["policy"]) else run["policy"]  # a column of texts has NaN where there is none
@@ -71,13 +73,13 @@ def comparison_frame(runs: pd.DataFrame, records: Sequence[Record]) -> pd.DataFr
     for quant, of_quant in of_quants.items():
         standard = next((run for run in of_quant if run["mode"] == "standard"), None)
         others = [run for run in of_quant if run["mode"] != "standard"] or [None]
-        rows += [_pair_row(quant, standard, other, cases, any_timed=any_timed) for other in others]
+        rows += [_pair_row(quant, standard, other, cases, speed_from) for other in others]
     # The parts of an attribution are a family of their own: they must not make the others harder to tell apart.
     for parts in (False, True):
         family = [row for row in rows if ("_without_" in (row["policy"] or "")) is parts]
         for row, p_holm in zip(family, holm([row["p"] for row in family]), strict=True):
             row["p_holm"] = p_holm
-    return pd.DataFrame(rows, columns=[*_pair_row("", None, None, {}, any_timed=False), "p_holm"])
+    return pd.DataFrame(rows, columns=[*_pair_row("", None, None, {}, None), "p_holm"])
 
 
 def attribution_frame(records: Sequence[Record]) -> pd.DataFrame:
@@ -136,6 +138,7 @@ def _run_row(record: Record, reference: dict[str, np.ndarray] | None) -> dict[st
     row["load_s"] = field(data, "timings.load_s")
     row["quantize_s"] = field(data, "timings.quantize_s")
     row["peak_rss_bytes"] = data.get("peak_rss_bytes")
+    row["machine"] = " ".join(str(one) for one in machine_of(data["environment"]) if one) or None
     return row
 
 
@@ -203,7 +206,16 @@ def _interval_columns(prefix: str, interval: Interval | None) -> dict[str, float
     return dict(zip(_interval_names(prefix), values, strict=True))
 
 
-def _pair_row(quant: str, standard: Any, other: Any, cases: dict[str, Measured], *, any_timed: bool) -> dict[str, Any]:
+def _speed_from(good: pd.DataFrame) -> str | None:
+    """Where the seconds of the comparison come from. None: nowhere, seconds of several machines stand in no column."""
+    if good.speed_pass.notna().any():
+        return TIMED
+    return SCORED if good.machine.nunique(dropna=False) <= 1 else None
+
+
+def _pair_row(
+    quant: str, standard: Any, other: Any, cases: dict[str, Measured], speed_from: str | None
+) -> dict[str, Any]:
     def get(row: Any, name: str) -> Any:
         return None if row is None else row[name]
 
@@ -213,7 +225,8 @@ def _pair_row(quant: str, standard: Any, other: Any, cases: dict[str, Measured],
         row[f"{prefix}_ppl"], row[f"{prefix}_ppl_se"] = get(side, "ppl"), get(side, "ppl_se")
         row[f"{prefix}_kld"], row[f"{prefix}_same_top"] = get(side, "kld_mean"), get(side, "same_top")
         row[f"{prefix}_bytes"], row[f"{prefix}_bpw"] = get(side, "file_bytes"), get(side, "bpw")
-    row["std_speed_s"], row["dg_speed_s"] = _speeds_s(standard, other, any_timed=any_timed)
+    row["std_speed_s"], row["dg_speed_s"] = _speeds_s(standard, other, speed_from)
+    row["speed_from"] = speed_from
     deltas = ("delta_ppl_pct", "delta_ppl_pct_low", "delta_ppl_pct_high", "p", "delta_kld", "delta_kld_low")
     row |= dict.fromkeys((*deltas, "delta_kld_high", "delta_bytes", "resolvable_pct", "windows_to_resolve"))
     if standard is not None and other is not None:
@@ -228,9 +241,9 @@ def _pair_row(quant: str, standard: Any, other: Any, cases: dict[str, Measured],
     return row
 
 
-def _speeds_s(standard: Any, other: Any, *, any_timed: bool) -> tuple[float | None, float | None]:
+def _speeds_s(standard: Any, other: Any, speed_from: str | None) -> tuple[float | None, float | None]:
     """Seconds to run the prompt set, at the median speed of the timing pass where both sides were timed in one; None
-    where they were not. In a table without any timing: as the scoring itself took."""
+    where they were not. In a table without any timing: as the scoring itself took, if one machine did all of it."""
     sides = [side for side in (standard, other) if side is not None]
     passes = {side["speed_pass"] for side in sides}
     timed = len(passes) == 1 and all(isinstance(one, str) for one in passes)
@@ -240,7 +253,7 @@ def _speeds_s(standard: Any, other: Any, *, any_timed: bool) -> tuple[float | No
             return None
         if timed:
             return float(side["n_tokens"] / side["prompt_tokens_per_s"])
-        return None if any_timed or side["pass_s"] is None else float(side["pass_s"])
+        return float(side["pass_s"]) if speed_from == SCORED and side["pass_s"] is not None else None
 
     return seconds(standard), seconds(other)
 

@@ -15,6 +15,7 @@ import yaml
 
 from harness.card import MAX_BYTES
 from harness.card_blocks import BLOCKS, Offer, figures, has_imatrix, md, offered
+from harness.compose import sources
 from harness.errors import UserError, nearest
 from harness.paths import read_small
 from harness.record import Record
@@ -87,7 +88,8 @@ def update_card(text: str, results: Results, settings: Settings, shipped: Mappin
     mark, text = ("\ufeff", text[1:]) if text.startswith("\ufeff") else ("", text)
     line_break = _line_break(text)
     front = _FrontMatter.read(text)
-    offer = Offer(results, _model_name(front.data, offered(results), settings), shipped)
+    known = {group: sources(group) for group in ("model", "prompts", "calibration") if group in shipped}
+    offer = Offer(results, _model_name(front.data, offered(results), settings), shipped, known)
     changed = []
     head = front.updated(_own_fields(front.data, offer, settings), line_break)
     if head != text[: front.end]:

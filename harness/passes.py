@@ -3,7 +3,7 @@
 `speed/<id>.json`: one timing pass, its cases timed side by side. `layers/<record>.npz`: errors of the hidden states.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,26 @@ def looked_at(passes: Iterable[SpeedPass], settings: dict[str, Any]) -> set[str]
     """Keys of the cases that were timed with these settings, or left out for a reason that another try would not
     change."""
     return {key for one in passes if one.settings == settings for key in (*one.cases, *one.skipped)}
+
+
+def machine_of(environment: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What tells machines apart: their name and their CPU."""
+    return environment.get("machine"), environment.get("cpu")
+
+
+def of_one_machine(passes: Sequence[SpeedPass], keys: Collection[str]) -> tuple[SpeedPass, ...]:
+    """The passes whose speeds may stand in one column: those of the machine that timed most of these cases, of equally
+    many that with the newest pass. In the given order."""
+    machines: dict[tuple[Any, Any], list[SpeedPass]] = {}
+    for one in passes:
+        machines.setdefault(machine_of(one.environment), []).append(one)
+
+    def rank(of_machine: list[SpeedPass]) -> tuple[int, str]:
+        timed = {key for one in of_machine for key in one.cases if key in keys}
+        return len(timed), max(one.created_utc for one in of_machine)
+
+    best = max(machines.values(), key=rank, default=[])
+    return tuple(best)
 
 
 def layers_path(record_path: Path) -> Path:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _WIDTH_INCHES = 8.0
 _DPI = 120
-FEW = 8  # up to so many points each has a label of its own
+FEW = 8  # up to so many points have large marks, and labels in panels of half the width
 MANY = 40  # beyond so many pairs lines without heads lead from standard to the others
 # Okabe and Ito's palette: told apart by colour-blind readers; markers differ as well.
 OTHER_STYLES = (("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
@@ -126,7 +126,7 @@ def plot_tradeoff(
     axes.set_title(heading(title, what), fontsize=10)
     axes.grid(alpha=0.3, which="both" if kld else "major")
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
-    _label(figure, axes, points, "value")
+    _label(figure, axes, points, "value", MOST_ROWS)
     return figure
 
 
@@ -149,7 +149,7 @@ def plot_delta(deltas: pd.DataFrame, title: str) -> Figure:
         known = pd.notna(low) and pd.notna(high)
         right = delta >= 0
         axes.annotate(
-            f"{delta:+.1f} %",
+            f"{delta:+.1f} %" if delta or known else "identical: 0 %",
             ((max(delta, high) if right else min(delta, low)) if known else delta, place),
             xytext=(5 if right else -5, 0),
             textcoords="offset points",
@@ -172,6 +172,8 @@ def plot_delta(deltas: pd.DataFrame, title: str) -> Figure:
     axes.set_xlim(low_x, high_x)
     axes.set_xlabel("change of perplexity against the standard file (%, below 0 is better)")
     bars = "paired, with 95 % intervals" if deltas.low_pct.notna().any() else "paired; too few tokens for intervals"
+    if (deltas.delta_pct == 0).all() and deltas.low_pct.isna().all():
+        bars = "no difference at any token"
     only = "" if len(kinds) != 1 else f"{next(iter(kinds.values()))[2]} against standard; "
     axes.set_title(heading(title, f"change of perplexity; {only}{bars}"), fontsize=10)
     axes.grid(alpha=0.3, axis="x")
@@ -198,7 +200,7 @@ def plot_speed(points: pd.DataFrame, title: str) -> Figure:
     figure.suptitle(heading(title, "median of the timing pass; bars from slowest to fastest round"), fontsize=10)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     for axes, step in zip(panels, ("generate", "prompt"), strict=True):
-        _label(figure, axes, points[(points.step == step) & (points.series != "reference")], "tokens_per_s")
+        _label(figure, axes, points[(points.step == step) & (points.series != "reference")], "tokens_per_s", FEW)
     return figure
 
 
@@ -234,9 +236,9 @@ def _errorbars(axes: Axes, rows: pd.DataFrame, column: str, style: tuple[str, st
     axes.vlines(rows.size_mib[known], rows.low[known], rows.high[known], color=colour, linewidth=1.2, zorder=3)
 
 
-def _label(figure: Figure, axes: Axes, rows: pd.DataFrame, column: str) -> None:
-    """Name the quants beside their points, each where it covers least. Many points: only the standard ladder and the
-    quants that are not on it, and of these at most MOST_ROWS."""
+def _label(figure: Figure, axes: Axes, rows: pd.DataFrame, column: str, most: int) -> None:
+    """Name the quants beside their points, each where it covers least. More than `most` points: only the standard
+    ladder and the quants that are not on it, and of these at most MOST_ROWS."""
     figure.draw_without_rendering()  # places the axes, so that points have their pixels
     figure.set_layout_engine(None)  # and there they stay
     pixels = figure.dpi / 72
@@ -250,7 +252,7 @@ def _label(figure: Figure, axes: Axes, rows: pd.DataFrame, column: str) -> None:
     colours = styles(rows.series)
     leaders: list[list[tuple[float, float]]] = []
     named = list(zip(rows.to_dict("records"), middle, strict=True))
-    if len(rows) > FEW:
+    if len(rows) > most:
         named = [one for one in named if one[0]["series"] == "standard" or one[0]["quant"] not in ladder]
     for row, (x, y) in (named[i] for i in spread_out(len(named), MOST_ROWS)):
         text = row["quant"].upper()

@@ -265,9 +265,10 @@ def _require_same_settings(sweep: Sweep) -> None:
     difference = first_difference([*old, new], sweep.config.results.allow_different)
     if difference:
         name, before, now = difference
+        same = f"measure.kld_reference={before} goes on with that form; or " if name == "settings.kld_reference" else ""
         raise UserError(
             f"{sweep.folder} holds results with another {name} ({_short(before)}, now {_short(now)}): "
-            "give this sweep a folder of its own with results.name=NAME"
+            f"{same}give this sweep a folder of its own with results.name=NAME"
         )
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ from harness.formats import WIDTH, html_table, latex, markdown
 from harness.frames import attribution_frame, comparison_frame, in_order, measured_cases, percent_change, runs_frame
 from harness.page import page
 from harness.pass_frames import layers_frame, llama_bench, speed_frame
-from harness.passes import SpeedPass, Timing, read_speed
+from harness.passes import SpeedPass, Timing, of_one_machine, read_speed
 from harness.record import Record, all_records, first_difference, machines, newest, record_paths
 from harness.stats import MIN_BLOCKS, SMALLEST_P, Interval
 from harness.store import write_atomic, write_text
@@ -37,6 +37,7 @@ from harness.tables import (
     llama_bench_table,
     percent,
     plus_minus,
+    pure_notes,
     seconds,
     size,
     speed_table,
@@ -51,7 +52,7 @@ _KEY = {
         "PPL: perplexity, lower is better. KLD: KL(reference || variant), nats. ±: standard error, tokens independent.",
         "[a, b]: 95 % interval of the paired difference, from blocks of tokens. *: no other is smaller and better.",
         "At equal size: against the two standard files around it, interpolated in bytes (change of PPL in brackets).",
-        "Std and DG Speed: seconds to run the prompt set once. Size: G and M are binary.",
+        "Size: G and M are binary.",
     ),
     "speed": (
         "Tokens/s: median of the timing pass; spread: (slowest - fastest) / median; changes are against standard.",
@@ -106,18 +107,27 @@ class Results:
     @cached_property
     def bench(self) -> list[dict[str, Any]]:
         """`llama_bench`."""
-        return llama_bench(self.measured, self.passes)
+        return llama_bench(self.measured, self.timed_passes)
 
     @cached_property
     def findings(self) -> dict[str, list[dict[str, Any]]]:
         """`collect_findings`, and what reading and the timing passes tell of every case."""
         found = collect_findings(self.runs, self.comparison, self.measured)
-        found["all"] += [one.to_json() for one in (*self.seen, *checks.speed_findings(self.passes, self.speed))]
+        keys = {record.data["key"] for record in self.measured}
+        others = (one for one in self.passes if one not in self.timed_passes and one.cases.keys() & keys)
+        elsewhere = [replace(one, cases={key: one.cases[key] for key in one.cases.keys() & keys}) for one in others]
+        of_speed = checks.speed_findings(self.timed_passes, self.speed, elsewhere)
+        found["all"] += [one.to_json() for one in (*self.seen, *of_speed)]
         return found
 
     @cached_property
+    def timed_passes(self) -> tuple[SpeedPass, ...]:
+        """Those whose speeds are shown: `of_one_machine`."""
+        return of_one_machine(self.passes, {record.data["key"] for record in self.measured})
+
+    @cached_property
     def _timings(self) -> dict[str, Timing]:
-        return {key: timing for one in self.passes for key, timing in one.cases.items()}
+        return {key: timing for one in self.timed_passes for key, timing in one.cases.items()}
 
     @property
     def title(self) -> str:
@@ -145,7 +155,8 @@ class Results:
             tables["speed"] = speed_table(self.speed)
         if len(self.layers):
             tables["layers"] = layer_table(self.layers)
-        return tables
+        frames = {"attribution": self.attribution, "speed": self.speed, "layers": self.layers}
+        return {name: self._noted(table, frames.get(name, self.runs)) for name, table in tables.items()}
 
     @cached_property
     def more_tables(self) -> dict[str, Table]:
@@ -155,7 +166,12 @@ class Results:
             "divergence": divergence_table(self.runs),
             "files": file_table(self.runs),
         }
-        return {name: table for name, table in tables.items() if table.rows}
+        return {name: self._noted(table, self.runs) for name, table in tables.items() if table.rows}
+
+    def _noted(self, table: Table, named: pd.DataFrame) -> Table:
+        """With a note on the pure presets among the quants that it names."""
+        notes = pure_notes(self.runs[self.runs.quant.isin(named.quant)])
+        return replace(table, notes=(*table.notes, *notes))
 
 
 def load_results(
@@ -397,9 +413,11 @@ def _table_text(results: Results) -> str:
             )
         lines.append("")
     for table in results.tables.values():
-        lines += [markdown(table), ""]
+        lines += [markdown(replace(table, notes=())), ""]
     for name in results.tables:
         lines += _KEY.get(name, ())
+    for note in dict.fromkeys(note for table in results.tables.values() for note in table.notes):
+        lines += textwrap.wrap(note, WIDTH)
     notes = _notes(results.findings)
     if notes:
         lines += ["", *notes]

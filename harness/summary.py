@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.frames import SCORED
 from harness.tables import size
 
 SIGNIFICANT = 0.05  # of the p value after Holm's adjustment
@@ -38,6 +39,7 @@ def tradeoffs(table: pd.DataFrame, runs: pd.DataFrame, speed: pd.DataFrame) -> l
     if noise:
         sentences.append(f"Within noise: {', '.join(noise)}")
     timed = [row for row in rows if not pd.isna(row["std_speed_s"]) and not pd.isna(row["dg_speed_s"])]
+    timed = [row for row in timed if row.get("speed_from") != SCORED]  # those seconds measure no speed
     if timed:
         text = _range([100 * (row["dg_speed_s"] / row["std_speed_s"] - 1) for row in timed])
         sentences.append(f"Seconds for the prompt set change by {text}{_spread(speed, 'prompt')}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness.frames import percent_change
+from harness.frames import SCORED, TIMED, percent_change
 from harness.record import mode_label
 
 TABLE_COLUMNS = (
@@ -29,15 +29,22 @@ BOARD_COLUMNS = ("Quantization", "Size", "PPL", "ΔPPL", "KLD", "Mean Δp", "RMS
 DIVERGENCE_COLUMNS = ("Case", "bpw", "KLD median", "KLD 99%", "Other top token", "ln(PPL/PPL of reference)")
 FILE_COLUMNS = ("File", "Type", "Size", "bpw", "PPL", "Mean KLD", "Recommendation")
 _ABSENT = "-"
+_SPEED_NOTES = {
+    TIMED: "Std and DG Speed: seconds to run the prompt set once, at the median speed of the timing pass.",
+    SCORED: "Std and DG Speed: no speed measurement but the seconds that the scoring took on this machine, each file "
+    "once and with other work beside it; there was no timing pass.",
+    None: "Std and DG Speed: left out, as the files were measured on several machines and without a timing pass.",
+}
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table as text: a title, the header, and rows of as many cells."""
+    """A table as text: a title, the header, rows of as many cells, and sentences that belong under it."""
 
     title: str
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    notes: tuple[str, ...] = ()
 
 
 def card_table(table: pd.DataFrame) -> Table:
@@ -56,7 +63,21 @@ def card_table(table: pd.DataFrame) -> Table:
         )
         for row in table.to_dict("records")
     ]
-    return Table("Standard and DynamicGate", TABLE_COLUMNS, rows)
+    kinds = set(table["speed_from"]) if "speed_from" in table else {TIMED}
+    notes = tuple(text for kind, text in _SPEED_NOTES.items() if kind in kinds)
+    return Table("Standard and DynamicGate", TABLE_COLUMNS, rows, notes)
+
+
+def pure_notes(runs: pd.DataFrame) -> tuple[str, ...]:
+    """Which quants of these runs are presets made with --pure, in one sentence; none without."""
+    quants = [str(quant).upper() for quant in dict.fromkeys(runs.quant[runs.pure.eq(True)])]
+    if not quants:
+        return ()
+    words = "is a pure preset" if len(quants) == 1 else "are pure presets"
+    return (
+        f"{', '.join(quants)} {words} (llama-quantize --pure): one type for all tensors that nothing else names, "
+        "unlike llama.cpp's own mixture of that name.",
+    )
 
 
 def case_table(runs: pd.DataFrame) -> Table:

@@ -20,7 +20,7 @@ from harness.config import Config, TextConfig, check, results_name
 from harness.errors import UserError
 from harness.ggml_types import FILE_TYPES
 from harness.policy_file import load_policy
-from harness.record import record_path, write_record
+from harness.record import MAY_DIFFER, record_path, write_record
 
 Cli = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]
@@ -122,6 +122,17 @@ def test_help_of_a_verb_lists_groups_options_and_settings(cli: Cli, verb: str, f
     for setting in ("prompts.n_windows", "calibration.imatrix", "runtime.threads", "results.name", "model.hub.repo_id"):
         assert setting in words
     assert max(map(len, out.splitlines())) <= 120
+
+
+def test_help_of_report_lists_what_it_takes_and_no_setting_of_a_sweep(cli: Cli) -> None:
+    code, out, err = cli("report", "--help")
+    assert (code, err) == (0, "")
+    keys = ("results=DIR", "out=DIR", "allow_different=FIELD", *MAY_DIFFER)
+    assert all(key in out for key in keys)
+    assert not any(word in out for word in ("prompts.", "quant=", "runtime.", "iq1_m"))
+    assert max(map(len, out.splitlines())) <= 120
+    refused = cli("report", "prompts.n_windows=1")[2]
+    assert all(key in refused for key in ("results=", "out=", "allow_different="))
 
 
 def test_help_imports_nothing_heavy() -> None:

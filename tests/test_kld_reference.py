@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -317,8 +318,13 @@ def test_keys_of_probabilities_are_the_older_ones(world: World) -> None:
     assert case.key == key_of(sweep.reference.id, prompts, None, case.plan.id, *scoring, sweep.n_threads, *versions)
     folder = key_of(sweep.reference.id, prompts, *scoring, *versions)
     assert sweep.probability_folder.name == folder
-    with pytest.raises(UserError, match=r"another settings.kld_reference \(probabilities, now hidden\)"):
+    with pytest.raises(UserError, match=r"another settings.kld_reference \(probabilities, now hidden\)") as refused:
         prepared(overrides, "measure.kld_reference=hidden")
+    (hint,) = re.findall(r"measure\.kld_reference=\w+", str(refused.value))
+    assert prepared(overrides, hint).finished and "results.name=NAME" in str(refused.value)
+    with pytest.raises(UserError, match=r"another settings\.ubatch_tokens") as refused:
+        prepared(overrides, "measure.ubatch_tokens=64")
+    assert "kld_reference" not in str(refused.value)
     names = {form: (f"measure.kld_reference={form}", f"results.name={form}") for form in FORMS}
     others = {form: prepared(overrides, *more) for form, more in names.items()}
     assert others[PROBABILITIES].reference_case.key == case.key

@@ -490,13 +490,51 @@ def test_tensor_names_that_a_shell_would_read_are_refused(tmp_path: Path, name: 
 def test_the_method_can_be_repeated() -> None:
     text = block("method")
     assert "9a" * 32 in text and "7e" * 32 in text and "5a" * 32 in text and "c0ffee" in text
-    assert (
-        "python -m harness sweep quant=q2_k mode=dynamicgate \\\n  model.path=tiny.gguf \\\n  prompts=wiki_sample"
-        in text
-    )
+    head = "python -m harness sweep quant=q2_k mode=dynamicgate,placebo"
+    assert f"{head} \\\n  model.path=tiny.gguf \\\n  prompts=wiki_sample" in text
     assert "quant=q2_k,q4_k_m mode=standard" in text and "calibration.path=my_text.txt" in text
     assert "llama-perplexity" in text and "last 300 tokens" in text
     assert "Speed: not measured" in text
+
+
+def test_placebos_are_repeated_too() -> None:
+    """As controls of the quants that have one."""
+    commands = [one.split(" \\\n")[0] for one in block("method").split("python -m harness sweep ")[1:]]
+    assert sorted(commands) == ["quant=q2_k mode=dynamicgate,placebo", "quant=q2_k,q4_k_m mode=standard"]
+
+
+def test_what_text_and_imatrix_are_made_of_is_named(tmp_path: Path) -> None:
+    """Where conf/ says it, and only if the bytes are those."""
+    wiki = yaml.safe_load((Path(__file__).parents[1] / "conf" / "prompts" / "wiki_sample.yaml").read_text())["wheel"]
+    c4 = {"id": "c", "name": "c4_sample", "n_windows": 20, "window_tokens": 512}
+    prompts = {"id": "9a" * 32, "name": "wiki_sample", "n_windows": 6, "window_tokens": 602}
+    put(tmp_path, "reference", "reference", 200 * MIB, 0.0, prompt_set=dict(prompts))
+    put(tmp_path, "q2_k", "standard", 40 * MIB, 0.5, calibration=c4, prompt_set=dict(prompts))
+    shipped = {"prompts": ["wiki_sample"], "calibration": ["c4_sample"], "model": []}
+    text = new_card(load_results([tmp_path]), Settings(), shipped)
+    assert "; from exllamav2/conversion/standard_cal_data/c4.utf8 of the Python package exllamav2==0.3.2" in text
+    assert "calibration=c4_sample" in text
+    assert "wiki.utf8" not in text, "the records have another sha256"
+    for one in tmp_path.glob("records/*.json"):
+        one.write_text(one.read_text().replace("7e" * 32, wiki["sha256"]))
+    assert f"; from {wiki['member']} of the Python package" in new_card(load_results([tmp_path]), Settings(), shipped)
+
+
+def test_a_ready_imatrix_is_named_with_its_checksum(tmp_path: Path) -> None:
+    ready = {"id": "ab" * 32, "name": "mine.gguf", "windows_id": None, "n_windows": None, "window_tokens": None}
+    put(tmp_path, "reference", "reference", 200 * MIB, 0.0)
+    put(tmp_path, "q2_k", "standard", 40 * MIB, 0.5, calibration=ready)
+    text = block("method", load_results([tmp_path]))
+    assert f"imatrix: the ready file mine.gguf, sha256 {'ab' * 32}" in text and "None" not in text
+    assert "calibration.imatrix=mine.gguf" in text and "calibration.path" not in text
+
+
+def test_another_form_of_the_reference_is_part_of_the_command(tmp_path: Path) -> None:
+    settings = {"first_scored": 302, "ubatch_tokens": 128, "flash_attention": True, "threads": 2}
+    for quant, mode in (("reference", "reference"), ("q2_k", "standard")):
+        put(tmp_path, quant, mode, 40 * MIB, 0.0, settings={**settings, "kld_reference": "hidden"})
+    assert "measure.kld_reference=hidden" in block("method", load_results([tmp_path]))
+    assert "kld_reference" not in block("method")
 
 
 @pytest.mark.parametrize(

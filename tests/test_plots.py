@@ -9,8 +9,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-from test_report import MIB, put, put_real, put_real_reference, put_reference
+from test_report import BASE, MIB, put, put_real, put_real_reference, put_reference
 
+from harness.ggml_types import FILE_TYPES
 from harness.page import page
 from harness.passes import SpeedPass, Timing, write_layers, write_speed
 from harness.pictures import Picture, pictures
@@ -116,7 +117,9 @@ def test_every_plot_of_few_and_of_many_variants(tmp_path: Path, n_quants: int) -
     if n_quants == 10:
         assert "Q8_0 DynamicGate" in texts["types_2"] and "Q8_0" not in texts["types"]
         assert "4 best and 4 worst of 20" in " ".join(texts["position"].split())
-        assert texts["tradeoff"].count("Q8_0") == 1, "many points: the ladder is labelled once"
+        assert "above the worse half" in " ".join(texts["position"].split())
+        assert texts["tradeoff"].count("Q8_0") == texts["kld"].count("Q8_0") == 2, "both modes have their labels"
+        assert texts["speed"].count("Q8_0") == 2, "once in each of the two narrow panels"
     else:
         assert texts["tradeoff"].count("IQ1_S") == 2
 
@@ -155,7 +158,38 @@ def test_equal_files_and_no_loss_at_all(tmp_path: Path) -> None:
     put(tmp_path, "q8_0", "standard", kld=zero)
     put(tmp_path, "q8_0", "dynamicgate", "dynamicgate", kld=zero)
     texts = drawn(load_results([tmp_path]), tmp_path)
-    assert "+0.0 %" in texts["delta"]
+    assert "identical: 0 %" in texts["delta"] and "no difference at any token" in texts["delta"]
+    assert "too few" not in texts["delta"]
+    put(tmp_path, "iq1_m", "standard", nll=BASE + 0.5)
+    put(tmp_path, "iq1_m", "dynamicgate", "dynamicgate", nll=BASE + 0.4)
+    texts = drawn(load_results([tmp_path]), tmp_path)
+    assert texts["delta"].count("identical") == 1 and "too few tokens for intervals" in texts["delta"]
+
+
+def test_of_more_points_than_rows_the_ladder_is_labelled_once(tmp_path: Path) -> None:
+    put_real_reference(tmp_path)
+    for i, quant in enumerate(list(FILE_TYPES)[:13]):  # 26 points
+        for mode in ("standard", "dynamicgate"):
+            policy = mode if mode != "standard" else None
+            put_real(tmp_path, quant, mode, policy, mib=50 + 9 * i + 4 * len(mode), level=2.0 / (i + 1))
+    (picture,) = pictures(load_results([tmp_path]), ["tradeoff"])
+    labels = [text.get_text() for text in picture.figure.axes[0].texts]
+    assert sorted(filter(None, labels)) == sorted(quant.upper() for quant in list(FILE_TYPES)[:13])
+
+
+@pytest.mark.parametrize("n_quants", [1, 2, 4])
+def test_bars_by_position_stand_beside_each_other(tmp_path: Path, n_quants: int) -> None:
+    """Up to four lines in one panel, else the worse half above; no two bars of a panel share a place."""
+    (picture,) = pictures(make_sweep(tmp_path, n_quants), ["position"])
+    panels = picture.figure.axes
+    assert len(panels) == (1 if n_quants < 3 else 2)
+    lines = [line for axes in panels for line in axes.lines if len(line.get_xdata()) > 2]
+    assert len(lines) == 2 * n_quants
+    means = [float(np.mean(line.get_ydata())) for line in lines]
+    assert means == sorted(means, reverse=True), "the worst first"
+    for axes in panels:
+        places = np.concatenate([line.get_xdata() for line in axes.lines if len(line.get_xdata()) > 2])
+        assert np.diff(np.sort(places)).min() > 5  # positions, of 93 between two blocks
 
 
 @pytest.mark.parametrize("failed", [True, False])

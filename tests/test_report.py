@@ -531,7 +531,7 @@ def test_a_failed_case_is_named_and_the_other_mode_still_shown(tmp_path: Path, f
         "reference",
         f"iq1_m-{'dynamicgate' if failed == 'standard' else 'standard'} *",
     ]
-    assert len(report.paths) == 5
+    assert len(report.paths) == 6
 
 
 def test_when_every_case_failed_there_is_a_report_without_picture(tmp_path: Path) -> None:
@@ -540,7 +540,13 @@ def test_when_every_case_failed_there_is_a_report_without_picture(tmp_path: Path
     report = write_report(tmp_path)
     assert table_rows(report.text) == []
     assert report.text.count("FAILED") == 2
-    assert {path.name for path in report.paths} == {"runs.csv", "table.csv", "table.md", "findings.json"}
+    assert {path.name for path in report.paths} == {
+        "runs.csv",
+        "table.csv",
+        "table.md",
+        "findings.json",
+        "machine.json",
+    }
     assert json.loads((tmp_path / "findings.json").read_text()) == {"all": []}
     assert runs_csv(tmp_path).status.tolist() == ["failed", "failed"]
     assert not (tmp_path / "tradeoff.png").exists()
@@ -737,6 +743,99 @@ def test_speeds_of_a_row_are_of_one_kind(tmp_path: Path) -> None:
     assert np.isnan(speeds()).all(), "each in a pass of its own"
     timed("03", "standard", "dynamicgate")
     assert speeds() == (8.0, 8.0), "4 windows of 32 tokens, 16 tokens a second"
+
+
+HERE, THERE = {"machine": "here", "cpu": "fast"}, {"machine": "there", "cpu": "slow"}
+
+
+def put_timing(folder: Path, pass_id: str, environment: dict[str, str], **prompt_s: float) -> None:
+    """A timing pass: seconds for 32 tokens, by mode."""
+    keys = {record.data["mode"]: record.data["key"] for record in read_records(folder)}
+    cases = {
+        keys[mode]: Timing(pass_id, 32, 4, (0.1, 0.1), (seconds, seconds), (seconds, seconds))
+        for mode, seconds in prompt_s.items()
+    }
+    settings = {"prompt_tokens": 32, "generate_tokens": 4, "ubatch_tokens": 32, "threads": 2, "flash_attention": True}
+    write_speed(folder, SpeedPass(pass_id, f"2026-{pass_id}", settings, environment, 0.0, cases, {}))
+
+
+@pytest.mark.parametrize(
+    ("passes", "speeds", "n_alone"),
+    [
+        # 32 tokens a second here, 8 there; the machine with more timed files is shown, else the newest.
+        (({**HERE}, ("reference", "standard", "dynamicgate"), {**THERE}, ("standard", "dynamicgate")), (32,) * 3, 0),
+        (({**HERE}, ("reference", "standard"), {**THERE}, ("standard", "dynamicgate")), (None, 8, 8), 1),
+        (({**HERE}, ("reference", "standard"), {**THERE}, ("dynamicgate",)), (32, 32, None), 1),
+        (({**HERE}, ("reference",), {**HERE, "cpu": "slow"}, ("dynamicgate",)), (None, None, 8), 1),
+        (({**HERE}, ("reference",), {**HERE}, ("dynamicgate",)), (32, None, 8), None),
+    ],
+)
+def test_tokens_a_second_of_two_machines_stand_in_no_column(
+    tmp_path: Path, passes: tuple[Any, ...], speeds: tuple[float | None, ...], n_alone: int | None
+) -> None:
+    put_reference(tmp_path)
+    put_pair(tmp_path)
+    here, modes_here, there, modes_there = passes
+    put_timing(tmp_path, "01", here, **dict.fromkeys(modes_here, 1.0))
+    put_timing(tmp_path, "02", there, **dict.fromkeys(modes_there, 4.0))
+    report = write_report(tmp_path)
+    runs = runs_csv(tmp_path).set_index("mode").prompt_tokens_per_s
+    modes = ("reference", "standard", "dynamicgate")
+    shown = [None if not (cell := str(runs[mode])) else float(cell) for mode in modes]
+    assert shown == list(speeds)
+    timed = [mode for mode, value in zip(modes, speeds, strict=True) if value]
+    assert pd.read_csv(tmp_path / "speed.csv")["mode"].tolist() == timed
+    assert len(json.loads((tmp_path / "llama_bench.json").read_text())) == 2 * len(timed)
+    text = unwrapped(report.text)
+    if n_alone is None:
+        assert "timing_machines_differ" not in text
+    else:
+        place = "here fast" if 32 in speeds else " ".join(there.values())
+        left = "1 file timed elsewhere only has none" if n_alone == 1 else "0 timed elsewhere only have none"
+        assert f"files were timed on 2 machines: the speeds here are those of {place}; {left}" in text
+
+
+def test_seconds_of_the_scoring_are_called_so_and_are_of_one_machine(tmp_path: Path) -> None:
+    put_reference(tmp_path)
+    put_pair(tmp_path)
+    alone = write_report(tmp_path)
+    assert table_rows(alone.text)[1][-2:] == ["13.3s", "13.3s"]
+    assert "Std and DG Speed: no speed measurement but the seconds that the scoring took" in unwrapped(alone.text)
+    full = write_full_report([tmp_path], tmp_path / "report")
+    for name in ("card.md", "card.tex", "card.html", "report.html"):
+        assert "no speed measurement" in unwrapped((tmp_path / "report" / name).read_text(encoding="utf-8")), name
+    assert "prompt set change" not in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert full.text.count("no speed measurement") == 1
+    environment = {"commit": "0" * 40, "dirty": False, **THERE}
+    put(tmp_path, "iq1_m", "dynamicgate", "dynamicgate", nll=BASE + 0.1, environment=environment)
+    mixed = write_report(tmp_path)
+    assert table_rows(mixed.text)[1][-2:] == ["-", "-"]
+    assert "Std and DG Speed: left out, as the files were measured on several machines" in unwrapped(mixed.text)
+    assert "no speed measurement" not in unwrapped(mixed.text)
+    assert runs_csv(tmp_path).machine.tolist() == ["here fast", "here fast", "there slow"]
+    put_timing(tmp_path, "01", HERE, standard=2.0, dynamicgate=2.0)
+    timed = write_report(tmp_path)
+    assert table_rows(timed.text)[1][-2:] == ["8.0s", "8.0s"]
+    assert "at the median speed of the timing pass." in unwrapped(timed.text)
+
+
+def test_a_pure_preset_is_told_under_every_table_that_names_it(tmp_path: Path) -> None:
+    put_reference(tmp_path)
+    put_pair(tmp_path)
+    assert "pure" not in write_report(tmp_path).text
+    mixture = {"file_type": "q4_0", "embedding_type": None, "output_type": None, "pure": True}
+    put(
+        tmp_path, "q4_0", "standard", mixture={**mixture, "plain_file_type": "q4_0", "plain": {"output.weight": "q6_k"}}
+    )
+    put_timing(tmp_path, "01", HERE, reference=1.0)
+    said = "Q4_0 is a pure preset (llama-quantize --pure)"
+    text = unwrapped(write_full_report([tmp_path], tmp_path / "report").text)
+    assert text.count(said) == 1, "once below all tables"
+    for name in ("card", "cases", "board", "divergence", "files"):
+        for kind in ("md", "html", "tex"):
+            written = unwrapped((tmp_path / "report" / f"{name}.{kind}").read_text(encoding="utf-8"))
+            assert said.replace("_", r"\_") in written if kind == "tex" else said in written, (name, kind)
+    assert said not in (tmp_path / "report" / "speed.md").read_text(encoding="utf-8"), "it was not timed"
 
 
 def test_a_failed_record_may_be_unlike(tmp_path: Path) -> None:
@@ -1312,9 +1411,8 @@ def test_the_picture_is_drawn(tmp_path: Path, real_picture: None) -> None:
     content = (tmp_path / "tradeoff.png").read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     assert len(content) > 5000
-    assert report.paths == tuple(
-        tmp_path / name for name in ("runs.csv", "table.csv", "table.md", "findings.json", "tradeoff.png", "delta.png")
-    )
+    written = ("runs.csv", "table.csv", "table.md", "findings.json", "machine.json", "tradeoff.png", "delta.png")
+    assert report.paths == tuple(tmp_path / name for name in written)
 
 
 def test_a_report_leaves_nothing_else_and_can_be_made_again(tmp_path: Path) -> None:

@@ -479,6 +479,23 @@ def test_cache_shows_and_prunes(cli: Cli, tiny_overrides: list[str], tmp_path: P
     assert "least recently" not in cache_text(Cache(tmp_path / "cache"))
 
 
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        *(("5GB", 5_000_000_000), ("5GiB", 5_368_709_120), ("5 gib", 5_368_709_120), ("1.5MiB", 1_572_864)),
+        *(("2KiB", 2048), ("300 MB", 300_000_000), ("1TiB", 1_099_511_627_776), ("7", 7), ("0", 0), ("all", 0)),
+    ],
+)
+def test_sizes_are_decimal_or_binary(text: str, n_bytes: int) -> None:
+    assert parse_size(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["5Gi", "5iB", "GiB", "5GiBB", "5PiB", "-5GiB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UserError, match="5GiB"):
+        parse_size(text)
+
+
 @pytest.mark.parametrize("arguments", [["--prune"], ["prune="], ["prune=x"], ["prune=-1"], ["size=5"], ["prune=1e9"]])
 def test_odd_arguments_of_cache_are_one_line(cli: Cli, tmp_path: Path, arguments: list[str]) -> None:
     code, _, err = cli("cache", *arguments, f"runtime.cache_dir={tmp_path}")
