@@ -29,7 +29,7 @@ from harness.plot_frames import (
     spread_out,
     types_frame,
 )
-from harness.plots import plot_delta, plot_speed, plot_tradeoff
+from harness.plots import lay_out, plot_delta, plot_speed, plot_tradeoff
 from harness.record import Record
 from harness.store import write_atomic
 
@@ -53,11 +53,13 @@ class Picture:
 
     @cached_property
     def figure(self) -> Figure:
-        """Drawn once, however many formats are written."""
+        """Drawn and laid out once, however many formats are written."""
         from matplotlib import rc_context
 
         with rc_context(_PLAIN_TEXT):
-            return self.draw()
+            figure = self.draw()
+            lay_out(figure)
+            return figure
 
     def save(self, path: Path, kind: str) -> None:
         """kind: png or svg. The same figure gives the same bytes; text in an SVG stays text."""
@@ -65,7 +67,6 @@ class Picture:
 
         with rc_context({**_PLAIN_TEXT, "svg.fonttype": "none", "svg.hashsalt": self.name}):
             self.figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        self.figure.set_layout_engine(None)  # laid out once: the next format needs no second time
 
 
 def _save(picture: Picture, folder: Path, formats: Sequence[str]) -> None:
