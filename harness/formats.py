@@ -30,33 +30,34 @@ def html_table(table: Table) -> str:
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
 
 
-_LATEX = {
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "|": r"\textbar{}",
-    "±": r"$\pm$",
-    "Δ": r"$\Delta$",
-    "≥": r"$\ge$",
-    "<": r"$<$",
-    ">": r"$>$",
-}
+_LATEX = str.maketrans(
+    {
+        **{c: f"\\{c}" for c in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "|": r"\textbar{}",
+        "±": r"$\pm$",
+        "Δ": r"$\Delta$",
+        "≥": r"$\ge$",
+        "<": r"$<$",
+        ">": r"$>$",
+    }
+)
 
 
 def latex(table: Table) -> str:
     """A booktabs tabular inside a table; wants \\usepackage{booktabs}."""
 
     def line(cells: tuple[str, ...]) -> str:
-        return " & ".join("".join(_LATEX.get(c, c) for c in cell) for cell in cells) + r" \\"
+        return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
 
     columns = "".join("l" if i == 0 else "r" for i, _ in zip(count(), table.header, strict=False))
     rows = "\n".join(line(row) for row in table.rows)
-    caption = "".join(_LATEX.get(c, c) for c in table.title)
     return "\n".join(
         (
             r"\begin{table}",
-            rf"\caption{{{caption}}}",
+            rf"\caption{{{table.title.translate(_LATEX)}}}",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
             line(table.header),
