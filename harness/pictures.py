@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from harness.report import Results
 
 _TYPES_A_PICTURE = 6  # quants
-_MANY_RECORDS = 100  # of fewer, the start of other processes takes longer than the drawing
+_MANY_RECORDS = 100  # of fewer, the start of another process takes longer than the drawing
 _PLAIN_TEXT: dict[Any, Any] = {"text.parse_math": False}  # names may hold a $, which is no formula
 
 
@@ -80,10 +80,10 @@ Draw = Callable[[Iterable[Picture]], list[Picture]]
 @contextmanager
 def drawing(n_records: int, folder: Path, formats: Sequence[str]) -> Iterator[Draw]:
     """A function that writes pictures into `folder`, each in each format, atomically, and returns them. With many
-    records it hands each picture to one of two processes, which load their libraries while the records are read;
-    leaving the context waits for them.
+    records it hands the pictures to a process that loads its libraries while the records are read, and draws about as
+    long as the figures take to make; leaving the context waits for it.
 
-    Raises EngineError when such a process dies.
+    Raises EngineError when that process dies.
     """
     save = partial(_save, folder=folder, formats=formats)
     if n_records < _MANY_RECORDS:
@@ -100,13 +100,13 @@ def drawing(n_records: int, folder: Path, formats: Sequence[str]) -> Iterator[Dr
     if name == "forkserver":
         _start_server()
     try:
-        with ProcessPoolExecutor(2, get_context(name), _leave_interrupts) as pool:
+        with ProcessPoolExecutor(1, get_context(name), _leave_interrupts) as pool:
             begun: list[Future[None]] = []
 
             def draw(drawn: Iterable[Picture]) -> list[Picture]:
                 handed = []
                 for one in drawn:  # drawn may be a generator: the first is begun before the next has its figures
-                    with deaf_to_ctrl_c():  # the first ones start the processes
+                    with deaf_to_ctrl_c():  # the first one starts the process
                         begun.append(pool.submit(save, one))
                     handed.append(one)
                 return handed
