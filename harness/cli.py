@@ -329,6 +329,8 @@ def _compare(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     """Plain settings of its own, not Hydra's: it must run where only pandas and matplotlib are."""
+    # Thousands of small products: a second thread would only wait for the core that draws. Read when numpy is loaded.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from harness.record import RECORDS
     from harness.report import write_full_report
 

@@ -1,7 +1,7 @@
 """Paired comparisons of measured cases: any two of them, and each against the standard ladder at equal size. Pure."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,15 +63,17 @@ def difference(a: Measured, b: Measured) -> Difference:
     return Difference(mean_interval(a.nll - b.nll), kld)
 
 
-def equal_size_verdict(case: Measured, ladder: Sequence[Measured]) -> Verdict:
+def standard_ladder(cases: Iterable[Measured]) -> list[Measured]:
+    """The standard files, the smallest first; of several of one size the best first."""
+    return sorted((case for case in cases if case.mode == "standard"), key=lambda one: (one.file_bytes, one.mean_nll))
+
+
+def equal_size_verdict(case: Measured, rungs: Sequence[Measured]) -> Verdict:
     """Does the case beat the standard files around it, had there been one of exactly its size?
 
-    The two neighbours of the standard ladder are interpolated linearly in bytes, token by token, so the comparison is
-    paired. Of several rungs of one size the best counts. Outside the ladder there is no verdict.
+    rungs: `standard_ladder`. The two neighbours of the case are interpolated linearly in bytes, token by token, so the
+    comparison is paired. Of several rungs of one size the best counts. Outside the ladder there is no verdict.
     """
-    rungs = sorted(
-        (rung for rung in ladder if rung.mode == "standard"), key=lambda rung: (rung.file_bytes, rung.mean_nll)
-    )
     sizes = [rung.file_bytes for rung in rungs]
     n_below = bisect_right(sizes, case.file_bytes)
     first_above = bisect_left(sizes, case.file_bytes)

@@ -33,25 +33,27 @@ def html_table(table: Table) -> str:
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>{notes}"
 
 
-_LATEX = {
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "|": r"\textbar{}",
-    "±": r"$\pm$",
-    "Δ": r"$\Delta$",
-    "≥": r"$\ge$",
-    "<": r"$<$",
-    ">": r"$>$",
-}
+_LATEX = str.maketrans(
+    {
+        **{c: f"\\{c}" for c in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "|": r"\textbar{}",
+        "±": r"$\pm$",
+        "Δ": r"$\Delta$",
+        "≥": r"$\ge$",
+        "<": r"$<$",
+        ">": r"$>$",
+    }
+)
 
 
 def latex(table: Table) -> str:
     """A booktabs tabular inside a table, and its notes; wants \\usepackage{booktabs}."""
 
     def escaped(text: str) -> str:
-        return "".join(_LATEX.get(c, c) for c in text)
+        return text.translate(_LATEX)
 
     def line(cells: tuple[str, ...]) -> str:
         return " & ".join(map(escaped, cells)) + r" \\"

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from harness import metrics
-from harness.compare import Measured, Verdict, difference, dominators, equal_size_verdict, pareto_front
+from harness.compare import Measured, Verdict, difference, dominators, equal_size_verdict, pareto_front, standard_ladder
 from harness.mixture import Mixture
 from harness.pass_frames import speed_columns
 from harness.passes import Timing, machine_of
@@ -40,7 +40,7 @@ def runs_frame(records: Sequence[Record], timings: Mapping[str, Timing] = Mappin
     variants = [case for case in cases if case.mode != "reference"]
     dominated, front = dominators(variants), pareto_front(variants)
     by_name = {case.name: case for case in variants}
-    ladder = [case for case in variants if case.mode == "standard"]
+    ladder = standard_ladder(variants)
     placebos = {
         (quant, policy): by_name.get(record.name)
         for record in records

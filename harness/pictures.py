@@ -29,7 +29,7 @@ from harness.plot_frames import (
     spread_out,
     types_frame,
 )
-from harness.plots import plot_delta, plot_speed, plot_tradeoff
+from harness.plots import lay_out, plot_delta, plot_speed, plot_tradeoff
 from harness.record import Record
 from harness.store import write_atomic
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from harness.report import Results
 
 _TYPES_A_PICTURE = 6  # quants
-_MANY_RECORDS = 100  # of fewer, the start of other processes takes longer than the drawing
+_MANY_RECORDS = 100  # of fewer, the start of another process takes longer than the drawing
 _PLAIN_TEXT: dict[Any, Any] = {"text.parse_math": False}  # names may hold a $, which is no formula
 
 
@@ -53,11 +53,13 @@ class Picture:
 
     @cached_property
     def figure(self) -> Figure:
-        """Drawn once, however many formats are written."""
+        """Drawn and laid out once, however many formats are written."""
         from matplotlib import rc_context
 
         with rc_context(_PLAIN_TEXT):
-            return self.draw()
+            figure = self.draw()
+            lay_out(figure)
+            return figure
 
     def save(self, path: Path, kind: str) -> None:
         """kind: png or svg. The same figure gives the same bytes; text in an SVG stays text."""
@@ -65,7 +67,6 @@ class Picture:
 
         with rc_context({**_PLAIN_TEXT, "svg.fonttype": "none", "svg.hashsalt": self.name}):
             self.figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        self.figure.set_layout_engine(None)  # laid out once: the next format needs no second time
 
 
 def _save(picture: Picture, folder: Path, formats: Sequence[str]) -> None:
@@ -79,10 +80,10 @@ Draw = Callable[[Iterable[Picture]], list[Picture]]
 @contextmanager
 def drawing(n_records: int, folder: Path, formats: Sequence[str]) -> Iterator[Draw]:
     """A function that writes pictures into `folder`, each in each format, atomically, and returns them. With many
-    records it hands each picture to one of two processes, which load their libraries while the records are read;
-    leaving the context waits for them.
+    records it hands the pictures to a process that loads its libraries while the records are read, and draws about as
+    long as the figures take to make; leaving the context waits for it.
 
-    Raises EngineError when such a process dies.
+    Raises EngineError when that process dies.
     """
     save = partial(_save, folder=folder, formats=formats)
     if n_records < _MANY_RECORDS:
@@ -99,13 +100,13 @@ def drawing(n_records: int, folder: Path, formats: Sequence[str]) -> Iterator[Dr
     if name == "forkserver":
         _start_server()
     try:
-        with ProcessPoolExecutor(2, get_context(name), _leave_interrupts) as pool:
+        with ProcessPoolExecutor(1, get_context(name), _leave_interrupts) as pool:
             begun: list[Future[None]] = []
 
             def draw(drawn: Iterable[Picture]) -> list[Picture]:
                 handed = []
                 for one in drawn:  # drawn may be a generator: the first is begun before the next has its figures
-                    with deaf_to_ctrl_c():  # the first ones start the processes
+                    with deaf_to_ctrl_c():  # the first one starts the process
                         begun.append(pool.submit(save, one))
                     handed.append(one)
                 return handed

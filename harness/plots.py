@@ -50,6 +50,14 @@ def new_figure(height_inches: float) -> Figure:
     return Figure(figsize=(_WIDTH_INCHES, height_inches), dpi=_DPI, layout="constrained")
 
 
+def lay_out(figure: Figure) -> None:
+    """Give everything its final place, and let it stay there. Nothing to do for a figure that has been laid out."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine(None)
+
+
 def heading(title: str, *lines: str) -> str:
     """The title and what the marks mean, wrapped to the figure's width."""
     return "\n".join(part for line in (title, *lines) if line for part in textwrap.wrap(line, 88))
@@ -239,8 +247,7 @@ def _errorbars(axes: Axes, rows: pd.DataFrame, column: str, style: tuple[str, st
 def _label(figure: Figure, axes: Axes, rows: pd.DataFrame, column: str, most: int) -> None:
     """Name the quants beside their points, each where it covers least. More than `most` points: only the standard
     ladder and the quants that are not on it, and of these at most MOST_ROWS."""
-    figure.draw_without_rendering()  # places the axes, so that points have their pixels
-    figure.set_layout_engine(None)  # and there they stay
+    lay_out(figure)  # places the axes, so that points have their pixels
     pixels = figure.dpi / 72
     middle = [tuple(xy) for xy in axes.transData.transform(rows[["size_mib", column]].to_numpy(float))]
     taken = [_box(xy, 5 * pixels, 5 * pixels) for xy in middle]

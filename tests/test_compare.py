@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from harness.compare import Measured, difference, dominators, equal_size_verdict, pareto_front
+from harness.compare import Measured, difference, dominators, equal_size_verdict, pareto_front, standard_ladder
 from harness.header import TensorInfo
 from harness.plan import Plan, make_plan, placebo_plan
 from harness.policy import parse_rules
@@ -62,7 +62,9 @@ def test_outside_the_ladder_the_next_quant_is_named(n_bytes: int, added: str) ->
 
 def test_other_modes_are_no_rungs() -> None:
     gate = case("gate", 150, 0.5, "dynamicgate")
-    assert equal_size_verdict(gate, [*LADDER, case("other", 150, 0.1, "dynamicgate")]).word == "wins"
+    ladder = standard_ladder([case("other", 150, 0.1, "dynamicgate"), *LADDER[::-1]])
+    assert ladder == LADDER
+    assert equal_size_verdict(gate, ladder).word == "wins"
 
 
 def test_paired_difference_sees_what_unpaired_errors_hide() -> None:

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from test_report import BASE, MIB, put, put_real, put_real_reference, put_reference
 
 from harness.ggml_types import FILE_TYPES
@@ -27,7 +28,7 @@ from harness.plot_frames import (
     speed_points,
     types_frame,
 )
-from harness.plots import styles
+from harness.plots import new_figure, styles
 from harness.record import Record, read_record, read_records
 from harness.report import QUICK, Results, load_results, write_full_report, write_report
 
@@ -390,13 +391,16 @@ def test_series_have_styles_of_their_own() -> None:
     assert found["dynamicgate"] == styles(["dynamicgate"])["dynamicgate"], "alike in every plot"
 
 
-def test_a_figure_is_drawn_once() -> None:
+def test_a_figure_is_drawn_and_laid_out_once() -> None:
     calls: list[int] = []
 
-    def draw() -> Any:
+    def draw() -> Figure:
         calls.append(1)
-        return object()
+        figure = new_figure(1)
+        figure.subplots()
+        return figure
 
     picture = Picture("p", "A picture.", draw)
     assert picture.figure is picture.figure
     assert calls == [1]
+    assert picture.figure.get_layout_engine() is None, "a format that is saved needs no layout"
