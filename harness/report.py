@@ -409,7 +409,7 @@ def _table_text(results: Results) -> str:
             kind = (reference["file_type"] or "").upper()
             lines.append(
                 f"Reference {kind}: PPL {plus_minus(row['ppl'], row['ppl_se'])}, {size(row['file_bytes'])}, "
-                f"{seconds(row['pass_s'])}"
+                f"scored in {seconds(row['pass_s'])}"
             )
         lines.append("")
     for table in results.tables.values():

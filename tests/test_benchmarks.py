@@ -72,7 +72,7 @@ def test_features_are_those_that_are_on() -> None:
         ("reference: scoring (about 2.4 min left)\n", "reference"),
         ("iq1_m dynamicgate: quantizing (about 39 s left)\n", "quantize"),
         ("iq1_m dynamicgate+mine: scoring (about 31 s left)\n", "score"),
-        ("Reference F16: PPL 513 ±43, 4.8M, 1.5s\n", None),
+        ("Reference F16: PPL 513 ±43, 4.8M, scored in 1.5s\n", None),
         ("  reference                      4.8 MiB  16.015 bpw  about 1 s\n", None),
     ],
 )

@@ -499,7 +499,7 @@ def test_the_reference_is_no_row_but_a_line(tmp_path: Path) -> None:
     (line,) = (line for line in text.splitlines() if line.startswith("Reference"))
     assert "F16" in line
     assert f"PPL {math.exp(BASE.mean()):.1f} ±" in line
-    assert "250.0M, 15.0s" in line
+    assert "250.0M, scored in 15.0s" in line
     first = text.splitlines()[0]
     for word in ("tiny", "wiki", "4 windows of 32 tokens", "2 threads"):
         assert word in first
@@ -564,7 +564,7 @@ def test_only_the_reference(tmp_path: Path, real_picture: None) -> None:
     put_reference(tmp_path)
     report = write_report(tmp_path)
     assert tables(report.text) == {}
-    assert "Reference F16" in report.text
+    assert "Reference F16" in report.text and ", scored in 13.3s" in report.text
     assert runs_csv(tmp_path).quant.tolist() == ["reference"]
 
 
