@@ -57,9 +57,12 @@ def test_half_a_window_is_scored_again(cli: Cli, tiny_overrides: list[str], tmp_
     assert (record.per_token()["nll"] == truth).all()
 
 
-def test_two_sweeps_at_once_make_each_thing_once(tiny_overrides: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_sweeps_at_once_make_each_thing_once(tiny_overrides: list[str], tmp_path: Path, shared: bool) -> None:
+    """With locks of the system, and with the leases of a cache that several machines share."""
     command = [sys.executable, "-m", "harness", "sweep", "quant=iq2_xs,q4_0", *tiny_overrides]
     command += ["measure.speed=true", "measure.generate_tokens=2", "measure.layers=true"]
+    command += [f"runtime.shared_cache={str(shared).lower()}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     sweeps = [subprocess.Popen(command, **pipes) for _ in range(2)]
     said = [sweep.communicate(timeout=300) for sweep in sweeps]
@@ -76,7 +79,7 @@ def test_two_sweeps_at_once_make_each_thing_once(tiny_overrides: list[str], tmp_
     assert quantized == len([one for one in pieces if one[1] not in ("f32", "q8_0")]), "each tensor and type once"
     assert len(list((tmp_path / "results" / "tiny" / "speed").iterdir())) == 1, "timed once"
     assert len(list((tmp_path / "results" / "tiny" / "layers").iterdir())) == 3, "and every file compared"
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.lease"))
 
 
 def test_a_finished_sweep_removes_what_a_kill_left(cli: Cli, tiny_overrides: list[str], tmp_path: Path) -> None:
