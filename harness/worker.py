@@ -36,6 +36,10 @@ TOKENS = "shared"  # folder of the cache by which machines find out whether they
 WINDOWS = "windows"
 
 
+class RefusalError(UserError):
+    """This machine would measure something else, or spoil what others do."""
+
+
 def work(orders: Sequence[dict[str, Any]], job: Any) -> dict[str, Any]:
     """Do the order of that number. Returns its outcome: `machine`; `files`, their bytes by name; `failures`, a line
     each; `refused`, why this machine must not do it; `lost`, why it could not.
@@ -51,8 +55,10 @@ def work(orders: Sequence[dict[str, Any]], job: Any) -> dict[str, Any]:
         sweep = _sweep_of(configs, order)
         outcome["failures"] = _do(sweep, order)
         outcome["files"] = _files(sweep, order)
-    except UserError as error:
+    except RefusalError as error:
         outcome["refused"] = str(error)
+    except UserError as error:  # no room, no model: another machine may have both
+        outcome["lost"] = str(error)
     except EngineError as error:
         outcome["failures"] = [f"{', '.join(order['names'])}: {error.with_log}; the same command tries again"]
     except OSError as error:
@@ -70,36 +76,36 @@ def code_id() -> str:
 
 
 def _require_alike(order: dict[str, Any]) -> None:
-    """Raises UserError on another harness."""
+    """Raises RefusalError on another harness."""
     if order["code"] != code_id():
-        raise UserError(
+        raise RefusalError(
             f"it has harness {__version__} ({code_id()}) and the sweep was started with {order['version']} "
             f"({order['code']}): install the same one on every machine"
         )
 
 
 def _require_shared(folder: Path, order: dict[str, Any]) -> None:
-    """Raises UserError where machines share a cache and do not say so, or the other way round."""
+    """Raises RefusalError where machines share a cache and do not say so, or the other way round."""
     other, there = order["orderer"]["machine"], (folder / TOKENS / order["token"]).is_file()
     if order["shared"] and not there:
-        raise UserError(
+        raise RefusalError(
             f"runtime.shared_cache=true, but {folder} is not the cache of {other}: mount it, or leave "
             "runtime.shared_cache out, then each machine has its own"
         )
     if there and not order["shared"] and other != platform.node():
-        raise UserError(
+        raise RefusalError(
             f"{folder} is the cache of {other} as well: say runtime.shared_cache=true, or give each its own"
         )
 
 
 def _sweep_of(configs: list[Config], order: dict[str, Any]) -> Sweep:
-    """The sweep of the order's cases. Raises UserError unless they are those that were ordered."""
+    """The sweep of the order's cases. Raises RefusalError unless they are those that were ordered."""
     for config in configs:
         config.results.dir = str(cache_dir(config) / APART)
     whole = prepare(configs, lambda text: print(text, flush=True))
     wanted = [case for case in whole.cases if case.key in order["keys"]]
     if missing := set(order["keys"]) - {case.key for case in wanted}:
-        raise UserError(
+        raise RefusalError(
             f"{len(missing)} of {len(order['keys'])} cases are not the same here: a model, a text, an imatrix or "
             f"llama-cpp-python ({whole.engine_version}) differs from that of {order['orderer']['machine']}"
         )

@@ -342,6 +342,24 @@ def test_a_lost_job_is_given_to_another(raises: bool, crew: Callable[..., Any], 
     assert cluster.launched[0] == ["reference"] and cluster.launched.count(["reference"]) == 2
 
 
+@pytest.mark.parametrize("trouble", [OSError(28, "No space left on device", "/cache/x"), UserError("no room for it")])
+def test_a_machine_without_a_disk_loses_its_job_to_another(
+    trouble: Exception, crew: Callable[..., Any], sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    do, calls = worker._do, []
+
+    def fail_first(*arguments: Any) -> list[str]:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise trouble
+        return do(*arguments)
+
+    monkeypatch.setattr(worker, "_do", fail_first)
+    failures, (said,) = crew(Cluster(0))
+    assert failures == [] and len(calls) == 4 and all(case.done for case in sweep.cases)
+    assert said.startswith("warning: reference was lost") and any(why in said for why in ("No space left", "no room"))
+
+
 def test_a_job_that_is_always_lost_is_given_up_and_the_others_are_kept(crew: Callable[..., Any], sweep: Sweep) -> None:
     class Unlucky(Cluster):
         def __call__(self, overrides: Any, request: Any, n_jobs: int, work: Callable[[Any], Any]) -> list[Any]:
