@@ -174,6 +174,7 @@ class _Crew:
             "with_imatrix": with_imatrix,
             "code": code_id(),
             "version": __version__,
+            "engine": sweep.engine_version,
             "token": token,
             "shared": sweep.cache.shared,
             "orderer": {

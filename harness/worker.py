@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from harness import __version__
+from harness.artefacts import ensure_imatrix, ensure_variant
 from harness.compose import config_from
 from harness.config import Config
 from harness.errors import EngineError, UserError, disk_error
@@ -76,7 +78,12 @@ def code_id() -> str:
 
 
 def _require_alike(order: dict[str, Any]) -> None:
-    """Raises RefusalError on another harness."""
+    """Raises RefusalError on another harness or llama-cpp-python."""
+    engine = version("llama-cpp-python")
+    if order["engine"] != engine:
+        raise RefusalError(
+            f"it has llama-cpp-python {engine} and the sweep was started with {order['engine']}: install that one"
+        )
     if order["code"] != code_id():
         raise RefusalError(
             f"it has harness {__version__} ({code_id()}) and the sweep was started with {order['version']} "
@@ -120,6 +127,7 @@ def _do(sweep: Sweep, order: dict[str, Any]) -> list[str]:
     console = Console(file=sys.stdout, force_terminal=False, width=200, soft_wrap=True)
     with ProgressDisplay(console, sweep.estimate_s) as display:
         if order["kind"] != "timing":
+            _make_files(sweep, display)
             return run(sweep, display)
         known = looked_at(read_speed(sweep.folder), sweep.speed_settings)
         cases = [case for case in sweep.cases if case.key in order["keys"] and case.key not in known]
@@ -127,6 +135,16 @@ def _do(sweep: Sweep, order: dict[str, Any]) -> list[str]:
         for case in sweep.cases:
             remove_variant(sweep, case)
         return failures
+
+
+def _make_files(sweep: Sweep, display: ProgressDisplay) -> None:
+    """Quantize before the reference is needed: somebody else may be scoring it. What fails here fails again in `run`,
+    which records it."""
+    with suppress(EngineError):
+        if sweep.to_quantize:
+            ensure_imatrix(sweep, display)
+        for case in sweep.to_quantize:
+            ensure_variant(sweep, case, display)
 
 
 def _files(sweep: Sweep, order: dict[str, Any]) -> dict[str, bytes]:
