@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ from harness import __version__, cost
 from harness.compose import launch
 from harness.config import Config, parse_shard
 from harness.errors import UserError, some
-from harness.launchers import Capacity, job_folder, launcher_name, ready
+from harness.launchers import Capacity, exclusive, job_folder, launcher_name, ready
 from harness.passes import looked_at, read_speed
 from harness.paths import user_path
 from harness.progress import ProgressDisplay
@@ -59,7 +59,8 @@ def run_apart(sweep: Sweep, configs: Sequence[Config], overrides: Sequence[str],
     Raises UserError when the launcher cannot be used, or a worker may not do its part.
     """
     name = launcher_name(overrides)
-    assert name
+    if sweep.finished or name is None:
+        return run(sweep, display)
     request = _request(sweep, name)
     capacity = ready(name, overrides, request)
     crew = _Crew(sweep, configs, name, tuple(overrides), request, capacity, display)
@@ -110,54 +111,47 @@ class _Crew:
 
     def give(self, jobs: Sequence[Job], token: str) -> list[str]:
         """Have the jobs done and store what comes back; what a lost worker had is given to another, within limits."""
-        left, failures, refused = list(jobs), [], None
+        left = list(jobs)
+        failures: dict[str, None] = {}  # in order, each once: every job of a broken reference tells of it
         for attempt in range(self.sweep.config.runtime.retries + 1):
-            lost: dict[Job, str] = {}
-            for batch in self._batches(left):
-                for job, outcome in zip(batch, self._launch(batch, token), strict=True):
-                    if not isinstance(outcome, dict):
-                        lost[job] = str(outcome).strip().splitlines()[0] if str(outcome).strip() else repr(outcome)
-                        continue
-                    _store(self.sweep, outcome["files"])
-                    failures += [f"{outcome['machine']}: {line}" for line in outcome["failures"]]
-                    if outcome["refused"]:
-                        refused = f"{outcome['machine']}: {outcome['refused']}"
-                    elif outcome["lost"]:
-                        lost[job] = f"{outcome['machine']}: {outcome['lost']}"
+            lost, refused = {}, None
+            for job, outcome in self._outcomes(left, token):
+                if not isinstance(outcome, dict):
+                    lost[job] = _why_lost(outcome)
+                    continue
+                _store(self.sweep, outcome["files"])
+                failures |= dict.fromkeys(f"{outcome['machine']}: {line}" for line in outcome["failures"])
+                if outcome["refused"]:
+                    refused = f"{outcome['machine']}: {outcome['refused']}"
+                elif outcome["lost"]:
+                    lost[job] = f"{outcome['machine']}: {outcome['lost']}"
             if refused:
                 raise UserError(refused)
             left = [job for job in lost if not _is_done(self.sweep, job)]
             if not left:
-                return failures
-            again = attempt < self.sweep.config.runtime.retries
+                return list(failures)
+            again = "; once more" if attempt < self.sweep.config.runtime.retries else ""
             for job in left:
-                self.display.say(f"warning: {job.name} was lost ({lost[job]})" + ("; once more" if again else ""))
-        return failures + [
-            f"{job.name} was lost {attempt + 1} times ({lost[job]}); the same command tries again" for job in left
+                self.display.say(f"warning: {job.name} was lost ({lost[job]}){again}")
+        given_up = [
+            f"{one.name} was lost {attempt + 1} times ({lost[one]}); the same command tries again" for one in left
         ]
+        return [*failures, *given_up]
 
-    def _batches(self, jobs: Sequence[Job]) -> Iterable[Sequence[Job]]:
-        """submitit starts everything it gets at once on this machine; the others have a queue."""
-        n = len(jobs) if self.name != "submitit_local" else self.capacity.at_once or 1
-        return [jobs[i : i + n] for i in range(0, len(jobs), max(1, n))]
-
-    def _launch(self, jobs: Sequence[Job], token: str) -> Sequence[Any]:
-        """The outcome of each job, or what was raised."""
+    def _outcomes(self, jobs: Sequence[Job], token: str) -> Iterator[tuple[Job, Any]]:
+        """Each job as it ends, and its outcome or what was raised."""
         overrides, request = self.overrides, {**self.request, "minutes": _minutes(self.sweep, jobs)}
         if jobs[0].kind == "timing":
             request["cpus"] = self.capacity.timing_cpus
-            if self.name == "submitit_slurm":
-                overrides = (*overrides, "+hydra.launcher.additional_parameters.exclusive=true")
+            overrides += exclusive(self.name, self.capacity)
         orders = [self._order(job, token, with_imatrix=job is jobs[-1]) for job in jobs]
-        seconds = sum(_estimate_s(self.sweep, job) for job in jobs) / max(1, self.capacity.at_once or 1)
+        at_once = self.capacity.at_once or len(jobs)
+        queued = len(jobs) if self.name != "submitit_local" else at_once  # that one starts all that it gets
+        seconds = sum(_estimate_s(self.sweep, job) for job in jobs) / at_once
         names = some([job.name for job in jobs], 3)
         with self.display.step(f"{self.name}: {names}", seconds) as on_progress, _watch(self.sweep, jobs, on_progress):
-            try:
-                return launch(overrides, request, len(jobs), partial(work, orders))
-            except UserError:
-                raise
-            except Exception as error:  # of Ray, of submitit: whatever they raise when a worker is lost
-                return [error] * len(jobs)
+            for number, outcome in launch(overrides, request, len(jobs), partial(work, orders), queued):
+                yield jobs[number], outcome
 
     def _order(self, job: Job, token: str, *, with_imatrix: bool) -> dict[str, Any]:
         """What `harness.worker` reads."""
@@ -211,6 +205,11 @@ def _absolute(config: Config, sweep: Sweep, job: Job, folder: str) -> Config:
         ),
         results=replace(config.results, name=folder),
     )
+
+
+def _why_lost(error: Any) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else repr(error)
 
 
 def _request(sweep: Sweep, name: str) -> dict[str, Any]:

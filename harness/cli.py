@@ -224,7 +224,6 @@ def _sweep(overrides: list[str]) -> int:
     from harness.plan_view import sweep_summary
     from harness.progress import ProgressDisplay
     from harness.report import write_report
-    from harness.run import run
 
     console = Console()
     of_launcher, overrides = split_launcher(overrides)
@@ -246,7 +245,7 @@ def _sweep(overrides: list[str]) -> int:
         console.print(f"{sweep.reference.name} -> {sweep.folder}", highlight=False, markup=False)
         console.print(sweep_summary(sweep), highlight=False, markup=False)
         with ProgressDisplay(console, sweep.estimate_s) as display:
-            failures += run_apart(sweep, group, of_launcher, display) if launcher else run(sweep, display)
+            failures += run_apart(sweep, group, of_launcher, display)
         if sweep.config.measure.shard and not any(case.done for case in sweep.cases):
             print(_shard_text(sweep))
             continue

@@ -9,6 +9,8 @@ from copy import deepcopy
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError, nearest
@@ -160,20 +162,39 @@ def launcher_settings(overrides: Sequence[str], request: Mapping[str, Any]) -> d
 
 
 def launch(
-    overrides: Sequence[str], request: Mapping[str, Any], n_jobs: int, work: Callable[[Any], Any]
-) -> list[dict[str, Any] | Exception]:
-    """What `work` returned for the jobs 0 .. n_jobs - 1, which it finds in its argument's `job`; or what it raised.
+    overrides: Sequence[str], request: Mapping[str, Any], n_jobs: int, work: Callable[[Any], Any], at_once: int
+) -> Iterator[tuple[int, Any]]:
+    """The number of each job as it ends, 0 to n_jobs - 1, and what `work` returned for it (it finds the number in its
+    argument's `job`), or the exception that it or the launcher raised.
 
-    Raises whatever the launcher raises when it loses a worker.
+    Each job is a launch of its own, in a thread that waits for it: of several in one launch, nothing would be known
+    before the last one ends, and nothing at all once a worker is lost. at_once: jobs that may run at a time.
     """
+    ended: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+    with _launch_config(overrides, request) as (context, config):
+        same, numbers = _assignments(request), iter(range(n_jobs))
+
+        def wait_for_jobs() -> None:
+            for i in numbers:
+                ended.put((i, _launched(context, config, work, [*same, f"job={i}"])))
+
+        for _ in range(min(n_jobs, at_once)):
+            Thread(target=wait_for_jobs, daemon=True).start()
+        for _ in range(n_jobs):
+            yield ended.get()
+
+
+def _launched(context: Any, config: Any, work: Callable[[Any], Any], overrides: list[str]) -> Any:
+    """What one job returned, or the exception that it or the launcher raised."""
     from hydra.core.plugins import Plugins
 
-    with _launch_config(overrides, request) as (context, config):
+    try:
         launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=work, config=config)
-        same = _assignments(request)
-        done = launcher.launch([[*same, f"job={i}"] for i in range(n_jobs)], initial_job_idx=0)
-    # The property `return_value` would raise what a job raised.
-    return [one._return_value or RuntimeError(f"it ended as {one.status}") for one in done]
+        (done,) = launcher.launch([overrides], initial_job_idx=0)
+    except Exception as error:  # of Ray, of submitit: whatever they raise when a worker is lost
+        return error
+    # The property `return_value` would raise what the job raised.
+    return done._return_value or RuntimeError(f"it ended as {done.status}")
 
 
 @contextmanager

@@ -51,6 +51,15 @@ def job_folder(name: str, folder: Path) -> Path:
     return Path(tempfile.gettempdir()) / "gguf-harness-jobs" if name == "ray" else folder / "jobs"
 
 
+def exclusive(name: str, capacity: Capacity) -> tuple[str, ...]:
+    """Overrides that give a job a machine for itself, whatever the others ask for."""
+    cpus = capacity.timing_cpus
+    return {
+        "ray": (f"hydra.launcher.ray.remote.num_cpus={cpus}",),
+        "submitit_slurm": ("+hydra.launcher.additional_parameters.exclusive=true",),
+    }.get(name, ())
+
+
 def ready(name: str, overrides: Sequence[str], request: dict[str, Any]) -> Capacity:
     """Check the launcher, and complete the request of a cluster that is started here.
 
