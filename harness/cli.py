@@ -525,14 +525,15 @@ def _verb_help(verb: str) -> str:
     head = HELP.split("\n\nverbs", maxsplit=1)[0]
     usage = USAGE.get(verb, f"{verb} [key=value ...]")
     lines = [head.replace("VERB [key=value ...]", usage), "", "groups (GROUP=OPTION)"]
-    for group in (*GROUPS, "+experiment"):
-        lines.append(f"  {group:<12} {_wrapped(options(group.lstrip('+')))}")
+    launchers = ("hydra/launcher",) if verb == "sweep" else ()
+    for group in (*GROUPS, "+experiment", *launchers):
+        lines.append(f"  {group:<14} {_wrapped(options(group.lstrip('+')), indent=17)}")
     lines += ["", "settings (KEY=VALUE; what they mean: harness/config.py)"]
     lines.append(f"  {_wrapped([name for name in setting_names() if '.' in name], indent=2)}")
     return "\n".join(lines) + "\n"
 
 
-def _wrapped(words: list[str], indent: int = 15) -> str:
+def _wrapped(words: list[str], indent: int) -> str:
     import textwrap
 
     return f"\n{' ' * indent}".join(textwrap.wrap(", ".join(words), 110 - indent, break_on_hyphens=False))
