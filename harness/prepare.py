@@ -64,7 +64,7 @@ def prepare(configs: Sequence[Config], say: sources.Say, *, with_reference: bool
         )
         n_ctx = prompts.tokens.shape[1]
         calibration = resolve_calibration(config, text, reference, prompts, engine_version, cache)
-        plans = _plans(configs, policies, reference, calibration, engine_version, cache)
+        plans = plans_of(configs, policies, reference, calibration, engine_version, cache)
     except EngineError as error:
         raise UserError(
             f"llama.cpp cannot use {model_label(config.model)}: {_last_words(error)}: give another model, or see "
@@ -146,7 +146,7 @@ def _require_distinct_names(cases: Iterable[Case]) -> None:
         seen.add(label)
 
 
-def _plans(
+def plans_of(
     configs: Sequence[Config],
     policies: Sequence[tuple[str, tuple[Rule, ...]]],
     reference: Reference,
@@ -154,7 +154,7 @@ def _plans(
     engine_version: str,
     cache: Cache,
 ) -> list[Plan]:
-    """A plan for each configuration that quantizes."""
+    """A plan for each configuration that quantizes. Raises UserError where llama.cpp would refuse it."""
     plain, pure = (
         _dry_runs(configs, reference, engine_version, cache, has_imatrix=calibration is not None, pure=pure)
         for pure in (False, True)
