@@ -82,11 +82,10 @@ def cases_apart(sweep: Sweep) -> list[Job]:
     open_cases = {case.key: case for case in (*sweep.open_cases, *sweep.layer_cases)}
     first = [case for case in sweep.cases if case.key in open_cases and not sweep.twin(case)]
     first.sort(key=lambda case: (case is not sweep.reference_case, -sum(sweep.steps(case).values())))
-    jobs = []
-    for case in first:
-        same = tuple(other for other in sweep.cases if other.key == case.key)
-        jobs += [Job("windows" if shard else "cases", same, shard) for shard in _shards(sweep)]
-    return jobs
+    same = {case.key: tuple(other for other in sweep.cases if other.key == case.key) for case in first}
+    jobs = [Job("windows" if shard else "cases", same[case.key], shard) for shard in _shards(sweep) for case in first]
+    # All parts of the reference first; then the first part of every file, so that each is quantized by another worker.
+    return sorted(jobs, key=lambda job: job.cases[0] is not sweep.reference_case)
 
 
 def _shards(sweep: Sweep) -> list[str | None]:

@@ -127,7 +127,7 @@ Shows the cache by kind, its largest files, and the quantized tensors that were 
 it can be made again; while no sweep runs, its folders may be deleted.
 
   prune=SIZE             remove quantized tensors, the least recently used first, until SIZE is left (5GB, 5GiB, 300MB,
-                         0); waits for a sweep that is quantizing
+                         0)
   prune=all              remove all of them
   runtime.cache_dir=DIR  default: the user's cache folder
 

@@ -1,9 +1,10 @@
 """Plan -> GGUF file, read back and compared with the plan. Runs in a child process."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +56,9 @@ def make_variant(
         raise EngineError(f"the imatrix {imatrix} is gone or was changed") from error
     metadata = {key: len(weights) if key == IMATRIX_ENTRIES else value for key, value in plan.metadata}
     layout = plan_layout(source, {t.name: t.type for t in plan.tensors}, plan.file_type, metadata)
-    with kept.lock() if kept else nullcontext():  # waiting for another sweep takes no seconds of quantizing
-        begin = time.perf_counter()
-        counts = _write(target, plan, layout, weights, kept, hashes, n_threads, on_progress)
-        quantize_s = time.perf_counter() - begin
+    begin = time.perf_counter()
+    counts, waited_s = _write(target, plan, layout, weights, kept, hashes, n_threads, on_progress)
+    quantize_s = time.perf_counter() - begin - waited_s
     try:
         written = read_header(target)
     except UserError as error:  # of a file that we wrote, the user cannot mend it
@@ -84,36 +84,50 @@ def _write(
     hashes: Hashes | None,
     n_threads: int,
     on_progress: Callable[[float], None] | None,
-) -> dict[str, int]:
-    """Header and data of the file. Returns the numbers of `make_variant`."""
+) -> tuple[dict[str, int], float]:
+    """Header and data of the file. Returns the numbers of `make_variant`, and the seconds of waiting for others."""
     from harness.engine.chunks import copied, quantized
 
     plans = {t.name: t for t in plan.tensors}
     keys = hashes.keys(plan.tensors) if kept and hashes else {}
-    n_quantized = n_reused = n_damaged = 0
+    counts = {"n_tensors_quantized": 0, "n_tensors_reused": 0, "n_tensors_damaged": 0}
     held: set[str] = set()
     fitting: set[str] = set()
     if kept:
         held, fitting = kept.claim({key: plans[name].n_bytes for name, key in keys.items()})
+    entries = {name: key for name, key in keys.items() if key in held | fitting}
     advance = _progress(plan, {name for name, key in keys.items() if key in held}, on_progress)
+    waited_s = 0.0
+
+    @contextmanager
+    def lock(name: str, wait: bool) -> Iterator[bool]:
+        nonlocal waited_s
+        begin = time.perf_counter()
+        with kept.lock(entries[name], wait=wait) if kept and name in entries else nullcontext(True) as free:
+            waited_s += time.perf_counter() - begin
+            yield free
+
     with ThreadPoolExecutor(n_threads) as threads, target.open("wb") as file:
         file.write(layout.head)
-        for tensor, offset in layout.tensors:
-            planned, key = plans[tensor.name], keys.get(tensor.name, "")
-            file.write(bytes(offset - file.tell()))  # padding
-            if kept and key in held:
-                if kept.read(key, planned.n_bytes, file):
-                    n_reused += 1
-                    advance(planned, planned.n_bytes)
-                    continue
-                n_damaged += 1
-                file.seek(offset)
+        last, offset = layout.tensors[-1]
+        end = offset + plans[last.name].n_bytes
+        file.truncate(end + -end % GGUF_ALIGNMENT)  # what lies between and behind the tensors is zero
+        for tensor, offset in _in_turn(layout.tensors, lock):
+            planned, key = plans[tensor.name], entries.get(tensor.name)
+            file.seek(offset)
+            found = kept.read(key, planned.n_bytes, file) if kept and key else None
+            if found:
+                counts["n_tensors_reused"] += 1
+                advance(planned, planned.n_bytes)
+                continue
+            counts["n_tensors_damaged"] += found is False
+            file.seek(offset)
             if tensor.type == planned.type:
                 columns, blocks = None, copied(tensor)
             else:
                 columns = _columns(planned, weights, plan)
                 blocks = quantized(tensor, planned.type, columns, threads)
-                n_quantized += 1
+                counts["n_tensors_quantized"] += 1
 
             def emit(block: np.ndarray, planned: TensorPlan = planned) -> None:
                 try:
@@ -122,14 +136,29 @@ def _write(
                     raise OSError(error.errno, error.strerror, str(target)) from error
                 advance(planned, block.size)
 
-            if kept and hashes and key in held | fitting:
-                kept.keep(key, _vouched(blocks, tensor, columns, hashes), emit)
-                held.add(key)  # for another tensor of the same content
+            if kept and hashes and key:
+                kept.keep(key, planned.n_bytes, _vouched(blocks, tensor, columns, hashes), emit)
             else:
                 for block in blocks:
                     emit(block)
-        file.write(bytes(-file.tell() % GGUF_ALIGNMENT))
-    return {"n_tensors_quantized": n_quantized, "n_tensors_reused": n_reused, "n_tensors_damaged": n_damaged}
+    return counts, waited_s
+
+
+def _in_turn(
+    tensors: Iterable[tuple["SourceTensor", int]], lock: Callable[[str, bool], AbstractContextManager[bool]]
+) -> Iterator[tuple["SourceTensor", int]]:
+    """The tensors, each under its lock. One that another process is making comes later: until then there may be others
+    to make, and then it is only read."""
+    waiting, n_passed = deque(tensors), 0
+    while waiting:
+        tensor, offset = waiting.popleft()
+        with lock(tensor.name, n_passed > len(waiting)) as free:
+            if free:
+                n_passed = 0
+                yield tensor, offset
+            else:
+                n_passed += 1
+                waiting.append((tensor, offset))
 
 
 def _vouched(

@@ -177,25 +177,39 @@ class Cache:
         return path
 
     @contextmanager
-    def lock(self, path: Path) -> Iterator[None]:
-        """One process at a time, for whatever concerns `path`. The lock of a process that died is free.
+    def lock(self, path: Path, *, wait: bool = True) -> Iterator[bool]:
+        """One process at a time, for whatever concerns `path`. The lock of a process that died is free. Without `wait`,
+        yields False at once where somebody else holds it.
 
         In a shared folder it is free at once on its own machine, LEASE_S later on the others. What a lock protects is
         named by its content and renamed into its place whole: two owners would do the work twice, and no harm.
         """
-        from filelock import FileLock, SoftFileLease  # only here: a report runs without this library
+        from filelock import (
+            BaseFileLock,
+            FileLock,
+            SoftFileLease,
+            Timeout,
+        )  # only here: a report runs without this library
 
         path, locks = path.absolute(), self.folder / "locks"  # of its own: a model may lie in a folder of others
         name = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
         locks.mkdir(parents=True, exist_ok=True)
         file = locks / f"{key_of(name.as_posix())[:32]}.{'lease' if self.shared else 'lock'}"
         # singletons: a holder may enter again
+        lock: BaseFileLock
         if self.shared:
-            with SoftFileLease(file, lease_duration=LEASE_S, poll_interval=0.5, is_singleton=True):
-                yield
+            lock = SoftFileLease(file, lease_duration=LEASE_S, poll_interval=0.5, is_singleton=True)
         else:
-            with FileLock(file, is_singleton=True):
-                yield
+            lock = FileLock(file, is_singleton=True)
+        try:
+            lock.acquire(blocking=wait)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
 
     def seal(self, path: Path, facts: Any = None) -> None:
         """Vouch for a file that was just made: its sha256 goes beside it, last."""

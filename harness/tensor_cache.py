@@ -8,9 +8,11 @@ mtime.
 import errno
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +28,7 @@ HASHES = "tensor_sha256"  # kind of the cache: what tensors and imatrix weights 
 VERSION = 3  # of the key and of the file's form
 _DIGEST_BYTES = 32
 _BLOCK_BYTES = 1 << 22
+_STALE_S = 86400.0  # an unfinished entry that nobody wrote to for that long
 
 
 def is_kept(tensor: TensorPlan, source_type: str) -> bool:
@@ -96,13 +99,14 @@ def prune(cache: Cache, max_bytes: int) -> tuple[int, int]:
         for entry in found:
             if left <= max_bytes:
                 break
-            entry.path.unlink(missing_ok=True)
+            with suppress(PermissionError):  # Windows: somebody reads it
+                entry.path.unlink(missing_ok=True)
             left -= entry.n_bytes
             removed.append(entry.n_bytes)
     return len(removed), sum(removed)
 
 
-def _lock(cache: Cache) -> AbstractContextManager[None]:
+def _lock(cache: Cache) -> AbstractContextManager[bool]:
     return cache.lock(cache.folder / KIND)
 
 
@@ -110,7 +114,8 @@ def _lock(cache: Cache) -> AbstractContextManager[None]:
 class TensorCache:
     """The entries of one cache folder. `limit_bytes`: of all of them together; 0 keeps nothing.
 
-    One process at a time works on them (`lock`): who comes second finds what the first one made.
+    Each entry has a lock of its own, under which it is read or made: several processes quantize at a time, and never
+    the same tensor. One for all of them is held shortly, while room is made or taken.
     """
 
     cache: Cache
@@ -120,15 +125,22 @@ class TensorCache:
         """Where the entry is, or would be."""
         return self.cache.path(KIND, key, ".bin")
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Hold it for whatever is read, kept or removed."""
-        return _lock(self.cache)
+    def lock(self, key: str, *, wait: bool) -> AbstractContextManager[bool]:
+        """Hold it while the entry is read or made. Without `wait`, False where somebody else holds it."""
+        return self.cache.lock(self.path(key), wait=wait)
 
     def claim(self, wanted: Mapping[str, int]) -> tuple[set[str], set[str]]:
         """Get ready for a file that is made of these entries (data bytes by key): which of them are there, and which
-        of the others there is room for. Others go, the least recently used first. Under the lock."""
-        for stale in (self.cache.folder / KIND).glob(".*.tmp"):  # the lock is ours: it is nobody's
-            stale.unlink(missing_ok=True)
+        of the others there is room for, as far as nobody else takes it meanwhile. Others go, the least recently used
+        first."""
+        with _lock(self.cache):
+            return self._claim(wanted)
+
+    def _claim(self, wanted: Mapping[str, int]) -> tuple[set[str], set[str]]:
+        for stale in (self.cache.folder / KIND).glob(".*.tmp"):
+            with suppress(OSError):  # its writer may just end
+                if time.time() - stale.stat().st_mtime > _STALE_S:  # of another machine; `remove_leftovers` knows ours
+                    stale.unlink()
         found = entries(self.cache)
         mine = [entry for entry in found if entry.key in wanted]
         for entry in mine:
@@ -153,9 +165,9 @@ class TensorCache:
                 room -= n_bytes
         return held, fitting
 
-    def read(self, key: str, n_bytes: int, target: BinaryIO) -> bool:
-        """Copy an entry's data to `target`. Tells whether it was whole; a damaged one is removed, and what was written
-        to `target` is to be written again. Under the lock."""
+    def read(self, key: str, n_bytes: int, target: BinaryIO) -> bool | None:
+        """Copy an entry's data to `target`. Tells whether it was whole, None where there is none; a damaged one is
+        removed, and what was written to `target` is to be written again. Under the entry's lock."""
         path, digest, left = self.path(key), hashlib.sha256(key.encode()), n_bytes
         try:
             with path.open("rb") as file:
@@ -168,21 +180,24 @@ class TensorCache:
                     target.write(block)
                     left -= len(block)
         except FileNotFoundError:
-            return False
+            return None
         if whole and digest.digest() == promised:
             return True
         path.unlink(missing_ok=True)
         return False
 
-    def keep(self, key: str, blocks: Iterable[Any], emit: Callable[[Any], None]) -> None:
-        """Make an entry of the blocks (anything that is bytes), and hand each of them on to `emit`. Without room for
-        the entry there is none. Under the lock."""
+    def keep(self, key: str, n_bytes: int, blocks: Iterable[Any], emit: Callable[[Any], None]) -> None:
+        """Make an entry of the blocks (anything that is bytes, `n_bytes` in all), and hand each of them on to `emit`.
+        Without room for the entry there is none. Under the entry's lock."""
         refusals: list[OSError] = []  # the entry's; those of `emit` are the caller's
 
         def write(temporary: Path) -> None:
             digest = hashlib.sha256(key.encode())
             with temporary.open("wb", buffering=0) as file:  # blocks are large, and a refusal shows at once
-                file.write(bytes(_DIGEST_BYTES))
+                try:
+                    self._take(file, n_bytes)
+                except OSError as error:
+                    refusals.append(error)
                 for block in blocks:
                     digest.update(block)
                     if not refusals:
@@ -202,6 +217,18 @@ class TensorCache:
         except OSError as error:
             if not refusals or error.__cause__ is not refusals[0]:
                 raise
+
+    def _take(self, file: FileIO, n_bytes: int) -> None:
+        """Give an entry that is begun its length, so that others see the room as taken. Raises OSError without any."""
+        with _lock(self.cache):
+            taken = 0
+            for path in (self.cache.folder / KIND).iterdir():  # those that are begun have their length already
+                with suppress(FileNotFoundError):
+                    taken += path.stat().st_size
+            if taken + _DIGEST_BYTES + n_bytes > self.limit_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            file.truncate(_DIGEST_BYTES + n_bytes)
+            file.seek(_DIGEST_BYTES)
 
     def growth_bytes(self, new: Iterable[int]) -> int:
         """Disk that new entries will take beside those that are there, at most. new: data bytes of each."""

@@ -131,6 +131,8 @@ def _do(sweep: Sweep, order: dict[str, Any]) -> list[str]:
             return run(sweep, display)
         known = looked_at(read_speed(sweep.folder), sweep.speed_settings)
         cases = [case for case in sweep.cases if case.key in order["keys"] and case.key not in known]
+        if cases and sweep.to_quantize:
+            ensure_imatrix(sweep, display)
         failures = time_cases(sweep, cases, engine_of(sweep), display)
         for case in sweep.cases:
             remove_variant(sweep, case)

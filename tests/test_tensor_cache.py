@@ -4,6 +4,8 @@ import io
 import os
 import re
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,7 +42,7 @@ def kept(tmp_path: Path) -> TensorCache:
 def put(kept: TensorCache, key: str, data: bytes) -> bytes:
     """Keep data in pieces; returns what was handed on."""
     out = io.BytesIO()
-    kept.keep(key, [data[:7], data[7:]], out.write)
+    kept.keep(key, len(data), [data[:7], data[7:]], out.write)
     return out.getvalue()
 
 
@@ -111,7 +113,7 @@ def test_what_failed_halfway_leaves_nothing(kept: TensorCache) -> None:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        kept.keep("k", blocks(), lambda block: None)
+        kept.keep("k", 10, blocks(), lambda block: None)
     assert list(kept.path("k").parent.iterdir()) == []
 
 
@@ -157,7 +159,37 @@ def test_the_files_of_a_writer_that_died_go(kept: TensorCache) -> None:
     stale = kept.path("a").with_name(".b.bin.host-1-x.tmp")
     stale.write_bytes(bytes(500))
     kept.claim({})
+    assert stale.exists(), "somebody may be writing it"
+    os.utime(stale, (1000, 1000))
+    kept.claim({})
     assert not stale.exists()
+
+
+def test_room_that_another_has_taken_is_not_taken_twice(kept: TensorCache) -> None:
+    """Both were told that their entries fit, and make them at the same time."""
+    other = TensorCache(kept.cache, kept.limit_bytes)
+    assert kept.claim({"a": 600}) == (set(), {"a"}) and other.claim({"b": 600}) == (set(), {"b"})
+
+    def blocks() -> Iterator[bytes]:
+        assert put(other, "b", bytes(600)) == bytes(600), "handed on all the same"
+        yield bytes(600)
+
+    kept.keep("a", 600, blocks(), lambda block: None)
+    assert [entry.key for entry in entries(kept.cache)] == ["a"]
+
+
+def test_an_entry_is_locked_by_itself(kept: TensorCache) -> None:
+    script = (
+        "import sys; from pathlib import Path; from harness.store import Cache; from harness.tensor_cache import *\n"
+        "kept = TensorCache(Cache(Path(sys.argv[1])), 1000)\n"
+        "for key in ('a', 'b'):\n"
+        "    with kept.lock(key, wait=False) as free: print(key, free)\n"
+    )
+    with kept.lock("a", wait=True) as mine:
+        said = subprocess.run(
+            [sys.executable, "-c", script, kept.cache.folder], capture_output=True, text=True, check=True
+        ).stdout
+    assert mine and said.split() == ["a", "False", "b", "True"]
 
 
 def test_growth_is_what_fits_at_most(kept: TensorCache) -> None:
@@ -218,7 +250,7 @@ def test_without_room_for_an_entry_the_data_are_handed_on(kept: TensorCache) -> 
         raise OSError("of the file beside the entry")
 
     with pytest.raises(OSError, match="beside the entry"):
-        kept.keep("other", [data[:10]], refuse)
+        kept.keep("other", 10, [data[:10]], refuse)
     assert not list(kept.cache.folder.rglob("*.tmp"))
 
 
