@@ -117,7 +117,7 @@ def jobs_of(sweep: "Sweep", copy_s: float) -> tuple[list[Job], Job]:
     """The jobs of the cases in the order in which they are given away, and the timing pass.
 
     What is made once in a cache: the imatrix, (a part of) the reference's scores, kept tensors, and the file of a case
-    in parts. Who makes a file of tensors that are kept holds the lock of all of them meanwhile (harness.quantize).
+    in parts. Tensors that are kept have a lock each (harness.quantize).
     copy_s: to fetch the reference, once a machine where caches are their own.
     """
     from harness import cost
@@ -136,15 +136,16 @@ def jobs_of(sweep: "Sweep", copy_s: float) -> tuple[list[Job], Job]:
         }
         own_s = cost.quantize_s(case.plan.tensors, sweep.n_threads) - sum(pieces.values())
         file = f"file {case.key}"
-        lock = "tensors" if keeps else file
-        return Step(0.0, pieces | {file: own_s}, lock) if stays else Step(own_s, pieces, lock)
+        if stays:  # the parts of one file: one makes it, the others wait
+            return Step(0.0, pieces | {file: own_s}, file)
+        return Step(own_s, pieces)
 
     jobs: list[Job] = []
     for job in cases_apart(sweep):
         case, name = job.cases[0], f"reference {job.shard}"
         steps = [copy, Step(0.0, {name: reference_s}, name)]
         if case is not sweep.reference_case:
-            steps = [copy, imatrix, steps[1], quantize(case, sharded), Step(sweep.score_s(case))]
+            steps = [copy, imatrix, quantize(case, sharded), steps[1], Step(sweep.score_s(case))]
         jobs.append(steps)
     measure, timed = sweep.config.measure, [case for case in sweep.speed_cases if case is not sweep.reference_case]
     made = [quantize(case, False) for case in timed]  # anew: the jobs removed their files

@@ -43,10 +43,10 @@ def test_what_is_made_once_is_waited_for() -> None:
 
 
 def test_the_reference_goes_beside_the_imatrix() -> None:
-    """One scores the reference until 28, the other makes the imatrix until 10, waits, quantizes until 33 and scores."""
+    """One scores the reference until 28, the other makes the imatrix until 10, quantizes until 15, waits and scores."""
     reference = once("reference", 28.0)
-    jobs: list[Job] = [[reference], [once("imatrix", 10.0), reference, Step(5.0), Step(28.0)]]
-    assert seconds(jobs, 2, shared=True) == 61.0
+    jobs: list[Job] = [[reference], [once("imatrix", 10.0), Step(5.0), reference, Step(28.0)]]
+    assert seconds(jobs, 2, shared=True) == 56.0
     assert seconds(jobs, 1, shared=True) == 71.0
     assert seconds(jobs, 2, shared=False) == 71.0, "the second machine scores a reference of its own"
 
@@ -62,6 +62,18 @@ def test_one_at_a_time_and_only_new_tensors() -> None:
     assert seconds(jobs, 1, shared=True) == seconds(jobs, 1, shared=False) == 21.0
     assert lower_bounds(jobs, 2, shared=True) == {"all work": 10.5, "longest job": 14.0, "one at a time": 11.0}
     assert lower_bounds(jobs, 2, shared=False)["longest job"] == 14.0
+
+
+def test_what_another_is_making_comes_last() -> None:
+    """The first makes x until 6, the second y until 3 and z until 5, waits until 6 for x; both have all three then."""
+    pieces = {"x": 6.0, "y": 3.0, "z": 2.0}
+    jobs: list[Job] = [[Step(0.0, pieces), Step(1.0)], [Step(0.0, pieces), Step(1.0)]]
+    assert seconds(jobs, 2, shared=True) == 7.0
+    assert seconds(jobs, 2, shared=False) == 12.0
+    assert seconds(jobs, 1, shared=True) == 13.0
+    later: list[Job] = [[Step(0.0, pieces)], [Step(1.0, pieces), Step(1.0)]]  # y from 1 to 4, z from 4 to 6
+    assert seconds(later, 2, shared=True) == 7.0
+    assert lower_bounds(jobs, 2, shared=True) == {"all work": 6.5, "longest job": 7.0, "one at a time": 0.0}
 
 
 def test_who_asks_first_gets_the_lock_first() -> None:
@@ -101,7 +113,11 @@ def test_no_schedule_beats_its_bounds() -> None:
 
 def random_job(rng: random.Random) -> Job:
     tensors = {f"t{i}": float(i + 1) for i in range(6) if rng.random() < 0.5}
-    steps = [once("imatrix", 4.0), once("reference", 7.0), Step(rng.uniform(0, 3), tensors, "tensors")]
+    steps = [
+        once("imatrix", 4.0),
+        once("reference", 7.0),
+        Step(rng.uniform(0, 3), tensors, rng.choice(["tensors", None])),
+    ]
     return [step for step in steps if rng.random() < 0.8] + [Step(rng.uniform(1, 9))]
 
 
