@@ -116,7 +116,7 @@ class _Crew:
             for batch in self._batches(left):
                 for job, outcome in zip(batch, self._launch(batch, token), strict=True):
                     if not isinstance(outcome, dict):
-                        lost[job] = str(outcome).strip().splitlines()[0] if str(outcome).strip() else repr(outcome)
+                        lost[job] = _why_lost(outcome)
                         continue
                     _store(self.sweep, outcome["files"])
                     failures += [f"{outcome['machine']}: {line}" for line in outcome["failures"]]
@@ -210,6 +210,14 @@ def _absolute(config: Config, sweep: Sweep, job: Job, folder: str) -> Config:
         ),
         results=replace(config.results, name=folder),
     )
+
+
+def _why_lost(error: Any) -> str:
+    """In a few words what Ray or submitit say in many lines."""
+    text = str(error).strip()
+    if job := re.match(r"Job (\S+) [^\n]*\nhas not produced any output \(state: ([^)]*)\)", text):
+        return f"job {job[1]} ended as {job[2]}"
+    return text.splitlines()[0] if text else repr(error)
 
 
 def _request(sweep: Sweep, name: str) -> dict[str, Any]:

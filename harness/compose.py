@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,18 +163,45 @@ def launcher_settings(overrides: Sequence[str], request: Mapping[str, Any]) -> d
 def launch(
     overrides: Sequence[str], request: Mapping[str, Any], n_jobs: int, work: Callable[[Any], Any]
 ) -> list[dict[str, Any] | Exception]:
-    """What `work` returned for the jobs 0 .. n_jobs - 1, which it finds in its argument's `job`; or what it raised.
+    """What `work` returned for the jobs 0 .. n_jobs - 1, which it finds in its argument's `job`; or what it raised, or
+    what the launcher raised when it lost the worker.
 
-    Raises whatever the launcher raises when it loses a worker.
+    Raises whatever the launcher raises when it cannot place the jobs.
     """
     from hydra.core.plugins import Plugins
 
     with _launch_config(overrides, request) as (context, config):
         launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=work, config=config)
         same = _assignments(request)
-        done = launcher.launch([[*same, f"job={i}"] for i in range(n_jobs)], initial_job_idx=0)
-    # The property `return_value` would raise what a job raised.
-    return [one._return_value or RuntimeError(f"it ended as {one.status}") for one in done]
+        with _every_outcome(config.hydra.launcher._target_):
+            done = launcher.launch([[*same, f"job={i}"] for i in range(n_jobs)], initial_job_idx=0)
+    return [one if isinstance(one, Exception) else _result(one) for one in done]
+
+
+def _result(job: Any) -> Any:
+    """What a job of Hydra's returned. Its property `return_value` would raise what the job raised."""
+    return job._return_value or RuntimeError(f"it ended as {job.status}")
+
+
+@contextmanager
+def _every_outcome(launcher: str) -> Iterator[None]:
+    """The launchers wait for one job after another and stop at the first that is lost; what the others do then comes to
+    nobody, and is given away a second time. Inside, what such a job raises is its outcome."""
+    of_ray = launcher.endswith("RayLauncher")
+    owner, name = (import_module("ray"), "get") if of_ray else (import_module("submitit.core.core").Job, "results")
+    wait = getattr(owner, name)
+
+    def patient(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return wait(*args, **kwargs)
+        except Exception as error:
+            return error if of_ray else [error]
+
+    setattr(owner, name, patient)
+    try:
+        yield
+    finally:
+        setattr(owner, name, wait)
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 from killing import check, records
 
-from harness import apart, launchers, worker
+from harness import apart, isolate, launchers, worker
 from harness.apart import Job, cases_apart
-from harness.compose import compose, launcher_settings
+from harness.compose import compose, launch, launcher_settings
 from harness.errors import UserError
 from harness.prepare import prepare
 from harness.record import RECORDS
@@ -290,6 +290,45 @@ def test_the_reference_is_first_and_then_the_longest(sweep: Sweep) -> None:
 
 
 # --- lost workers, without a cluster
+
+
+def test_what_others_did_is_kept_when_a_worker_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through submitit's own launcher: Hydra's plugin stops at the first job that is lost."""
+    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 1)  # for slow file systems
+
+    def die_if_first(job: Any) -> dict[str, int]:
+        if job.job == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"job": job.job}
+
+    request = {**REQUEST, "folder": str(tmp_path), "cpus": 1}
+    first, second = launch(["hydra/launcher=submitit_local"], request, 2, die_if_first)
+    assert second == {"job": 1}
+    assert re.fullmatch(r"job \d+ ended as \w+", apart._why_lost(first)), first
+
+
+def test_the_words_for_a_lost_job() -> None:
+    said = "Job 7_0 (task: 0) with path /x/7_0_0_result.pkl\nhas not produced any output (state: CANCELLED by 0)\nmore"
+    assert apart._why_lost(RuntimeError(said)) == "job 7_0 ended as CANCELLED by 0"
+    assert apart._why_lost(RuntimeError("The worker died\nand more")) == "The worker died"
+    assert apart._why_lost(RuntimeError()) == "RuntimeError()"
+
+
+def test_a_job_that_a_queue_ends_is_lost_and_has_not_failed(
+    sweep: Sweep, crew: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM sends SIGTERM to all processes of a job, and the engine's dies of it first."""
+    real, seen = worker._do, []
+
+    def ended(*args: Any) -> list[str]:
+        seen.append(args)
+        died = f"reference failed: {isolate._cause_of_death(-signal.SIGTERM)}; see its record"
+        return [died] if len(seen) == 1 else real(*args)
+
+    monkeypatch.setattr(worker, "_do", ended)
+    failures, said = crew(Cluster(0))
+    assert failures == [] and all(case.done for case in sweep.cases)
+    assert len(said) == 1 and "ended from outside); once more" in said[0]
 
 
 class Cluster:
