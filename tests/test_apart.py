@@ -253,7 +253,53 @@ def test_a_job_that_fits_no_machine_is_refused_before_it_is_placed() -> None:
         launchers._require_fit(nodes, {"cpus": 64, "memory_bytes": 20_100_000_000})
 
 
+def test_a_server_that_is_no_ray_cluster_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself tries for more than five minutes."""
+    monkeypatch.setattr(launchers, "_HEALTH_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"address={address}: no Ray cluster answers in 1 s: something else"):
+            launchers._require_reachable(address)
+
+
 # --- what is asked of a queue
+
+
+SBATCH = """#!/bin/sh
+echo "$@" > "$0.said"
+echo "sbatch: error: invalid partition specified: nope" >&2
+echo "allocation failure: Invalid partition name specified" >&2
+exit $(cat "$0.code")
+"""  # the words of sbatch 22.05.8
+
+
+def test_a_job_that_slurm_would_refuse_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(SBATCH)
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    code = tmp_path / "sbatch.code"
+    code.write_text("1")
+    asked = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=nope"]
+    with pytest.raises(UserError, match=r"--partition=nope \(invalid partition specified: nope; allocation failure: "):
+        launchers.ready("submitit_slurm", asked, dict(REQUEST))
+    assert (tmp_path / "sbatch.said").read_text().split() == [
+        *("--test-only", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=2", "--mem=3072M", "--time=45"),
+        *("--partition=nope", "--wrap=true"),
+    ]
+    code.write_text("0")
+    more = [*asked, "+hydra.launcher.additional_parameters.exclusive=true"]
+    assert launchers.ready("submitit_slurm", more, dict(REQUEST)).queue == "gguf-harness"
+    assert "--exclusive --wrap" in (tmp_path / "sbatch.said").read_text()
+
+
+def test_reasons_to_wait_that_others_do_not_end_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\nprintf 'Priority\\nPartitionTimeLimit\\nResources\\nPartitionTimeLimit\\n'\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert launchers.why_queued("x") == set(), "no squeue that works"
+    squeue.chmod(0o755)
+    assert launchers.why_queued("x") == {"PartitionTimeLimit"}
 
 
 def test_requests_come_from_the_plan_and_from_the_user() -> None:
@@ -365,7 +411,7 @@ def crew(
         display = ProgressDisplay(Console(quiet=True), 1.0)
         monkeypatch.setattr(display, "say", said.append)
         monkeypatch.setattr(apart, "launch", cluster)
-        monkeypatch.setattr(apart, "ready", lambda *_: launchers.Capacity(1, 1, local=True))
+        monkeypatch.setattr(apart, "ready", lambda *_: launchers.Capacity(1, 1))
         failures = apart.run_apart(of, configs(tiny_overrides, tmp_path), ["hydra/launcher=ray"], display)
         return failures, said
 
