@@ -443,6 +443,20 @@ def test_a_job_that_is_always_lost_is_given_up_and_the_others_are_kept(crew: Cal
     assert failures == [] and all(case.done for case in sweep.cases), "a rerun completes it"
 
 
+def test_a_sweep_whose_jobs_are_all_lost_says_so(
+    tiny_overrides: list[str], tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apart, "launch", lambda _overrides, _request, n_jobs, _work: [RuntimeError("gone")] * n_jobs)
+    monkeypatch.setattr(apart, "ready", lambda *_: launchers.Capacity(1, 1))
+    own = [*settings(tiny_overrides, tmp_path), "hydra/launcher=submitit_slurm", "runtime.retries=0"]
+    code, _, err = cli("sweep", "quant=q8_0", "mode=standard", *own)
+    assert code == 1
+    assert err.splitlines() == [
+        f"error: {name} was lost 1 times (gone); the same command tries again"
+        for name in ("reference", "q8_0 standard")
+    ]
+
+
 def test_another_harness_is_refused_by_the_worker(
     crew: Callable[..., Any], sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
