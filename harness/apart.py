@@ -21,7 +21,7 @@ from harness import __version__, cost
 from harness.compose import launch
 from harness.config import Config, parse_shard
 from harness.errors import UserError, some
-from harness.launchers import Capacity, exclusive, job_folder, launcher_name, ready
+from harness.launchers import Capacity, exclusive, job_folder, launcher_name, ready, why_queued
 from harness.passes import looked_at, read_speed
 from harness.paths import user_path
 from harness.progress import ProgressDisplay
@@ -33,6 +33,7 @@ from harness.worker import APART, TOKENS, WINDOWS, code_id, work
 _FILE = r"[A-Za-z0-9_-][A-Za-z0-9._+-]*"
 _NAMES = re.compile(rf"(?:records|layers|speed|imatrix|{WINDOWS}/[0-9a-f]{{64}})/{_FILE}\.(?:json|npz|gguf)")
 _POLL_S = 2.0
+_QUEUE_POLL_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,12 @@ def run_apart(sweep: Sweep, configs: Sequence[Config], overrides: Sequence[str],
     name = launcher_name(overrides)
     if sweep.finished or name is None:
         return run(sweep, display)
-    request = _request(sweep, name)
+    jobs = cases_apart(sweep)
+    request = {**_request(sweep, name), "minutes": _minutes(sweep, jobs)}
     capacity = ready(name, overrides, request)
     crew = _Crew(sweep, configs, name, tuple(overrides), request, capacity, display)
     with _token(sweep) as token:
-        failures = crew.give(cases_apart(sweep), token)
+        failures = crew.give(jobs, token)
         if sweep.config.measure.shard is not None:
             failures += _join(sweep, display)
         timed = tuple(case for case in sweep.speed_cases if case.done)
@@ -148,9 +150,31 @@ class _Crew:
         queued = len(jobs) if self.name != "submitit_local" else at_once  # that one starts all that it gets
         seconds = sum(_estimate_s(self.sweep, job) for job in jobs) / at_once
         names = some([job.name for job in jobs], 3)
-        with self.display.step(f"{self.name}: {names}", seconds) as on_progress, _watch(self.sweep, jobs, on_progress):
+        with (
+            self.display.step(f"{self.name}: {names}", seconds) as on_progress,
+            _watch(self.sweep, jobs, on_progress),
+            self._queue_watched(),
+        ):
             for number, outcome in launch(overrides, request, len(jobs), partial(work, orders), queued):
                 yield jobs[number], outcome
+
+    @contextmanager
+    def _queue_watched(self) -> Iterator[None]:
+        """Say why jobs wait in SLURM's queue, where it is not for others to end; and that they stay after a Ctrl-C."""
+        queue, said = self.capacity.queue, set[str]()
+
+        def look() -> None:
+            for reason in why_queued(queue) - said if queue else ():
+                said.add(reason)
+                self.display.say(f"warning: SLURM lets jobs wait: {reason} (squeue -n {queue})")
+
+        try:
+            with _every(_QUEUE_POLL_S if queue else None, look):
+                yield
+        except KeyboardInterrupt:
+            if queue:
+                self.display.say(f"jobs in SLURM's queue go on; to end them: scancel -n {queue}")
+            raise
 
     def _order(self, job: Job, token: str, *, with_imatrix: bool) -> dict[str, Any]:
         """What `harness.worker` reads."""
@@ -207,7 +231,10 @@ def _absolute(config: Config, sweep: Sweep, job: Job, folder: str) -> Config:
 
 
 def _why_lost(error: Any) -> str:
+    """In a few words what Ray or submitit say in many lines."""
     text = str(error).strip()
+    if job := re.match(r"Job (\S+) [^\n]*\nhas not produced any output \(state: ([^)]*)\)", text):
+        return f"job {job[1]} ended as {job[2]}"
     return text.splitlines()[0] if text else repr(error)
 
 
@@ -234,7 +261,7 @@ def _estimate_s(sweep: Sweep, job: Job) -> float:
 
 
 def _minutes(sweep: Sweep, jobs: Sequence[Job]) -> int:
-    return 30 + int(3 * max(_estimate_s(sweep, job) for job in jobs) / 60)
+    return 30 + int(3 * max((_estimate_s(sweep, job) for job in jobs), default=0) / 60)
 
 
 def _is_done(sweep: Sweep, job: Job) -> bool:
@@ -301,15 +328,30 @@ def _token(sweep: Sweep) -> Iterator[str]:
 @contextmanager
 def _watch(sweep: Sweep, jobs: Sequence[Job], on_progress: Callable[[float], None]) -> Iterator[None]:
     """Report the share of the windows that are scored, as far as this machine sees the cache of the workers."""
-    stop, n_windows = threading.Event(), len(_of_shard(sweep, jobs[0].shard).shard_windows)
+    n_windows = len(_of_shard(sweep, jobs[0].shard).shard_windows)
     before = {job: _n_scored(sweep, job) for job in jobs}
 
     def look() -> None:
-        while not stop.wait(_POLL_S):
-            n_new = sum(min(n_windows, max(0, _n_scored(sweep, job) - before[job])) for job in jobs)
-            on_progress(min(0.99, n_new / (n_windows * len(jobs))))
+        n_new = sum(min(n_windows, max(0, _n_scored(sweep, job) - before[job])) for job in jobs)
+        on_progress(min(0.99, n_new / (n_windows * len(jobs))))
 
-    thread = threading.Thread(target=look, daemon=True)
+    with _every(_POLL_S, look):
+        yield
+
+
+@contextmanager
+def _every(seconds: float | None, look: Callable[[], None]) -> Iterator[None]:
+    """Have a thread call `look` while the block runs; None: never."""
+    if seconds is None:
+        yield
+        return
+    stop = threading.Event()
+
+    def loop() -> None:
+        while not stop.wait(seconds):
+            look()
+
+    thread = threading.Thread(target=loop, daemon=True)
     thread.start()
     try:
         yield

@@ -223,6 +223,7 @@ def _sweep(overrides: list[str]) -> int:
     from harness.launchers import launcher_name
     from harness.plan_view import sweep_summary
     from harness.progress import ProgressDisplay
+    from harness.record import RECORDS
     from harness.report import write_report
 
     console = Console()
@@ -249,6 +250,8 @@ def _sweep(overrides: list[str]) -> int:
         if sweep.config.measure.shard and not any(case.done for case in sweep.cases):
             print(_shard_text(sweep))
             continue
+        if failures and not any((sweep.folder / RECORDS).glob("*.json")):
+            continue  # every job was lost: the failures tell it
         allowed = sweep.config.results.allow_different
         report = write_report(sweep.folder, [case.key for case in sweep.cases], allowed)
         print(f"\n{report.text}")

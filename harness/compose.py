@@ -143,9 +143,9 @@ def config_from(plain: Mapping[str, Any]) -> "Config":
 
 def split_launcher(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """The overrides of the launcher (hydra/launcher=..., hydra.launcher...), and the others."""
-    of_launcher = [one for one in overrides if one.startswith(("hydra/launcher", "hydra.launcher."))]
+    of_launcher = [one for one in overrides if one.lstrip("+").startswith(("hydra/launcher", "hydra.launcher."))]
     for one in overrides:
-        if one.startswith("hydra") and one not in of_launcher:
+        if one.lstrip("+").startswith("hydra") and one not in of_launcher:
             raise UserError(f"{one}: of Hydra's own settings only hydra/launcher= and hydra.launcher. mean something")
     return of_launcher, [one for one in overrides if one not in of_launcher]
 

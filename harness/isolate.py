@@ -14,6 +14,7 @@ from typing import Any
 
 from harness.errors import EngineError, UserError
 
+TERMINATED = "died of SIGTERM"  # in messages; nobody sends it to a child but who takes the machine away
 _TAIL_LINES = 20
 
 

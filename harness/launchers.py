@@ -3,6 +3,8 @@
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,9 @@ _EXTRAS = {
     "submitit": ("hydra_plugins.hydra_submitit_launcher", "slurm"),
 }
 _CONNECT_S = 10.0
+_HEALTH_S = 30.0
+_SBATCH_S = 60.0
+_USUAL_REASONS = ("None", "Resources", "Priority", "BeginTime", "JobArrayTaskLimit", "Dependency", "Cleaning")
 _OBJECT_STORE_BYTES = 200_000_000  # results are some megabytes
 
 
@@ -29,7 +34,7 @@ class Capacity:
 
     at_once: int | None
     timing_cpus: int
-    local: bool  # all of it is this machine
+    queue: str | None = None  # the name of the jobs in SLURM's queue
 
 
 def launcher_name(overrides: Sequence[str]) -> str | None:
@@ -56,7 +61,7 @@ def exclusive(name: str, capacity: Capacity) -> tuple[str, ...]:
     cpus = capacity.timing_cpus
     return {
         "ray": (f"hydra.launcher.ray.remote.num_cpus={cpus}",),
-        "submitit_slurm": ("+hydra.launcher.additional_parameters.exclusive=true",),
+        "submitit_slurm": ("++hydra.launcher.additional_parameters.exclusive=true",),
     }.get(name, ())
 
 
@@ -77,13 +82,59 @@ def ready(name: str, overrides: Sequence[str], request: dict[str, Any]) -> Capac
                 "hydra/launcher=submitit_slurm: there is no sbatch on this machine: run the sweep where jobs are "
                 "queued, or try hydra/launcher=submitit_local"
             )
-        return Capacity(None, request["cpus"], local=False)
+        _require_accepted(settings)
+        return Capacity(None, request["cpus"], settings["name"])
     import psutil
 
     cores, memory = physical_cores(), psutil.virtual_memory().available
     _require_fit([{"CPU": cores, "memory": memory}], request)
     at_once = min(cores // settings["cpus_per_task"], int(memory // max(1, request["memory_bytes"])))
-    return Capacity(max(1, at_once), cores, local=True)
+    return Capacity(max(1, at_once), cores)
+
+
+def _require_accepted(settings: Mapping[str, Any]) -> None:
+    """Raises UserError unless SLURM would take such a job: partition, account, and a machine that it fits."""
+    flags = {
+        "nodes": settings["nodes"],
+        "ntasks-per-node": settings["tasks_per_node"],
+        "cpus-per-task": settings["cpus_per_task"],
+        "mem": f"{int(settings['mem_gb'] * 1024)}M" if settings["mem_gb"] else None,
+        "time": settings["timeout_min"],
+        **{name: settings[name] for name in ("partition", "qos", "account", "constraint", "exclude")},
+        **settings["additional_parameters"],
+    }
+    given = [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items() if value is not None
+    ]
+    try:
+        done = subprocess.run(
+            ["sbatch", "--test-only", *given, "--wrap=true"],
+            capture_output=True,
+            text=True,
+            timeout=_SBATCH_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"SLURM does not answer: `sbatch --test-only` took more than {_SBATCH_S:.0f} s") from error
+    if done.returncode:
+        raise refused_by_slurm(done.stderr, asked=" ".join(given))
+
+
+def refused_by_slurm(said: str, asked: str = "") -> UserError:
+    """What sbatch said, in one line."""
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in said.splitlines()]
+    reasons = "; ".join(line for line in lines if line) or "no reason given"
+    return UserError(f"SLURM refuses a job{asked and f' of {asked}'} ({reasons}): change hydra.launcher.SETTING")
+
+
+def why_queued(queue: str) -> set[str]:
+    """Why SLURM lets jobs of that name wait, but for other jobs; none where it does not answer."""
+    command = ["squeue", "--me", "--noheader", "--states=PENDING", f"--name={queue}", "--format=%r"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SBATCH_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return set()
+    return {line.strip() for line in done.stdout.splitlines()} - {"", *_USUAL_REASONS}
 
 
 def _ray(settings: Mapping[str, Any], request: dict[str, Any]) -> Capacity:
@@ -117,7 +168,7 @@ def _ray(settings: Mapping[str, Any], request: dict[str, Any]) -> Capacity:
         min(int(node.get("CPU", 0) // wanted["cpus"]), int(node.get("memory", 0) // max(1, wanted["memory_bytes"])))
         for node in nodes
     )
-    return Capacity(at_once, int(max(node.get("CPU", 0) for node in nodes)), local=len(nodes) == 1)
+    return Capacity(at_once, int(max(node.get("CPU", 0) for node in nodes)))
 
 
 def _require_reachable(address: str) -> None:
@@ -132,6 +183,19 @@ def _require_reachable(address: str) -> None:
             f"hydra.launcher.ray.init.address={address}: nobody answers there ({error}): start the cluster with "
             "`ray start --head`, or leave the address out"
         ) from error
+    if address.startswith("ray://"):
+        return
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_HEALTH_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"hydra.launcher.ray.init.address={address}: no Ray cluster answers in {_HEALTH_S:.0f} s: something else "
+            "listens there; give the address that `ray start --head` printed"
+        ) from error
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"hydra.launcher.ray.init.address={address}: Ray does not let this machine in: {reason}")
 
 
 def _require_fit(nodes: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from harness.artefacts import ensure_imatrix, ensure_variant
 from harness.compose import config_from
 from harness.config import Config
 from harness.errors import EngineError, UserError, disk_error
+from harness.isolate import TERMINATED
 from harness.measure import window_path
 from harness.passes import layers_path, looked_at, read_speed
 from harness.paths import cache_dir
@@ -65,6 +66,8 @@ def work(orders: Sequence[dict[str, Any]], job: Any) -> dict[str, Any]:
         outcome["failures"] = [f"{', '.join(order['names'])}: {error.with_log}; the same command tries again"]
     except OSError as error:
         outcome["lost"] = disk_error(error)
+    if any(TERMINATED in line for line in outcome["failures"]):  # a queue stops every process of a job, children too
+        outcome.update(failures=[], lost="the job was ended from outside")
     return outcome
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 from killing import check, records
 
-from harness import apart, launchers, worker
+from harness import apart, isolate, launchers, worker
 from harness.apart import Job, cases_apart
-from harness.compose import compose, launcher_settings
+from harness.compose import compose, launch, launcher_settings
 from harness.errors import UserError
 from harness.prepare import prepare
 from harness.record import RECORDS
@@ -253,7 +253,53 @@ def test_a_job_that_fits_no_machine_is_refused_before_it_is_placed() -> None:
         launchers._require_fit(nodes, {"cpus": 64, "memory_bytes": 20_100_000_000})
 
 
+def test_a_server_that_is_no_ray_cluster_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself tries for more than five minutes."""
+    monkeypatch.setattr(launchers, "_HEALTH_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"address={address}: no Ray cluster answers in 1 s: something else"):
+            launchers._require_reachable(address)
+
+
 # --- what is asked of a queue
+
+
+SBATCH = """#!/bin/sh
+echo "$@" > "$0.said"
+echo "sbatch: error: invalid partition specified: nope" >&2
+echo "allocation failure: Invalid partition name specified" >&2
+exit $(cat "$0.code")
+"""  # the words of sbatch 22.05.8
+
+
+def test_a_job_that_slurm_would_refuse_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(SBATCH)
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    code = tmp_path / "sbatch.code"
+    code.write_text("1")
+    asked = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=nope"]
+    with pytest.raises(UserError, match=r"--partition=nope \(invalid partition specified: nope; allocation failure: "):
+        launchers.ready("submitit_slurm", asked, dict(REQUEST))
+    assert (tmp_path / "sbatch.said").read_text().split() == [
+        *("--test-only", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=2", "--mem=3072M", "--time=45"),
+        *("--partition=nope", "--wrap=true"),
+    ]
+    code.write_text("0")
+    more = [*asked, "+hydra.launcher.additional_parameters.exclusive=true"]
+    assert launchers.ready("submitit_slurm", more, dict(REQUEST)).queue == "gguf-harness"
+    assert "--exclusive --wrap" in (tmp_path / "sbatch.said").read_text()
+
+
+def test_reasons_to_wait_that_others_do_not_end_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\nprintf 'Priority\\nPartitionTimeLimit\\nResources\\nPartitionTimeLimit\\n'\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert launchers.why_queued("x") == set(), "no squeue that works"
+    squeue.chmod(0o755)
+    assert launchers.why_queued("x") == {"PartitionTimeLimit"}
 
 
 def test_requests_come_from_the_plan_and_from_the_user() -> None:
@@ -292,6 +338,45 @@ def test_the_reference_is_first_and_then_the_longest(sweep: Sweep) -> None:
 # --- lost workers, without a cluster
 
 
+def test_what_others_did_is_kept_when_a_worker_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through submitit's own launcher: Hydra's plugin stops at the first job that is lost."""
+    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 1)  # for slow file systems
+
+    def die_if_first(job: Any) -> dict[str, int]:
+        if job.job == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"job": job.job}
+
+    request = {**REQUEST, "folder": str(tmp_path), "cpus": 1}
+    ended = dict(launch(["hydra/launcher=submitit_local"], request, 2, die_if_first, 2))
+    assert ended[1] == {"job": 1}
+    assert re.fullmatch(r"job \d+ ended as \w+", apart._why_lost(ended[0])), ended[0]
+
+
+def test_the_words_for_a_lost_job() -> None:
+    said = "Job 7_0 (task: 0) with path /x/7_0_0_result.pkl\nhas not produced any output (state: CANCELLED by 0)\nmore"
+    assert apart._why_lost(RuntimeError(said)) == "job 7_0 ended as CANCELLED by 0"
+    assert apart._why_lost(RuntimeError("The worker died\nand more")) == "The worker died"
+    assert apart._why_lost(RuntimeError()) == "RuntimeError()"
+
+
+def test_a_job_that_a_queue_ends_is_lost_and_has_not_failed(
+    sweep: Sweep, crew: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM sends SIGTERM to all processes of a job, and the engine's dies of it first."""
+    real, seen = worker._do, []
+
+    def ended(*args: Any) -> list[str]:
+        seen.append(args)
+        died = f"reference failed: {isolate._cause_of_death(-signal.SIGTERM)}; see its record"
+        return [died] if len(seen) == 1 else real(*args)
+
+    monkeypatch.setattr(worker, "_do", ended)
+    failures, said = crew(Cluster(0))
+    assert failures == [] and all(case.done for case in sweep.cases)
+    assert len(said) == 1 and "ended from outside); once more" in said[0]
+
+
 class Cluster:
     """Runs orders in this process, after the first of them were lost: a stand-in for harness.compose.launch."""
 
@@ -323,7 +408,7 @@ def crew(
         display = ProgressDisplay(Console(quiet=True), 1.0)
         monkeypatch.setattr(display, "say", said.append)
         monkeypatch.setattr(apart, "launch", cluster)
-        monkeypatch.setattr(apart, "ready", lambda *_: launchers.Capacity(1, 1, local=True))
+        monkeypatch.setattr(apart, "ready", lambda *_: launchers.Capacity(1, 1))
         failures = apart.run_apart(of, configs(tiny_overrides, tmp_path), ["hydra/launcher=ray"], display)
         return failures, said
 
@@ -364,6 +449,22 @@ def test_a_job_that_is_always_lost_is_given_up_and_the_others_are_kept(crew: Cal
     assert len(cluster.launched) == 5, "what is done is not given away again"
     failures, _ = crew(Cluster(0))
     assert failures == [] and all(case.done for case in sweep.cases), "a rerun completes it"
+
+
+def test_a_sweep_whose_jobs_are_all_lost_says_so(
+    tiny_overrides: list[str], tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        apart, "launch", lambda _o, _r, n_jobs, _w, _n: ((i, RuntimeError("gone")) for i in range(n_jobs))
+    )
+    monkeypatch.setattr(apart, "ready", lambda *_: launchers.Capacity(1, 1))
+    own = [*settings(tiny_overrides, tmp_path), "hydra/launcher=submitit_slurm", "runtime.retries=0"]
+    code, _, err = cli("sweep", "quant=q8_0", "mode=standard", *own)
+    assert code == 1
+    assert err.splitlines() == [
+        f"error: {name} was lost 1 times (gone); the same command tries again"
+        for name in ("reference", "q8_0 standard")
+    ]
 
 
 def test_another_harness_is_refused_by_the_worker(
