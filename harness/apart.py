@@ -112,6 +112,8 @@ class _Crew:
 
     def give(self, jobs: Sequence[Job], token: str) -> list[str]:
         """Have the jobs done and store what comes back; what a lost worker had is given to another, within limits."""
+        if not jobs:
+            return []
         left = list(jobs)
         failures: dict[str, None] = {}  # in order, each once: every job of a broken reference tells of it
         for attempt in range(self.sweep.config.runtime.retries + 1):

@@ -23,6 +23,7 @@ from harness import apart, isolate, launchers, worker
 from harness.apart import Job, cases_apart
 from harness.compose import compose, launch, launcher_settings
 from harness.errors import UserError
+from harness.passes import read_speed
 from harness.prepare import prepare
 from harness.record import RECORDS
 from harness.store import Cache
@@ -409,7 +410,8 @@ def crew(
         monkeypatch.setattr(display, "say", said.append)
         monkeypatch.setattr(apart, "launch", cluster)
         monkeypatch.setattr(apart, "ready", lambda *_: launchers.Capacity(1, 1))
-        failures = apart.run_apart(of, configs(tiny_overrides, tmp_path), ["hydra/launcher=ray"], display)
+        ordered = [replace(one, measure=of.config.measure) for one in configs(tiny_overrides, tmp_path)]
+        failures = apart.run_apart(of, ordered, ["hydra/launcher=ray"], display)
         return failures, said
 
     return measure
@@ -439,6 +441,20 @@ def test_a_machine_without_a_disk_loses_its_job_to_another(
     failures, (said,) = crew(Cluster(0))
     assert failures == [] and len(calls) == 4 and all(case.done for case in sweep.cases)
     assert said.startswith("warning: reference was lost") and any(why in said for why in ("No space left", "no room"))
+
+
+def test_what_is_measured_is_timed_later(crew: Callable[..., Any], sweep: Sweep, tiny_overrides: list[str]) -> None:
+    """By a machine that has the records only: it makes the imatrix and the files anew."""
+    assert crew(Cluster(0))[0] == []
+    for kind in ("imatrix", "variants", "tensors"):
+        shutil.rmtree(sweep.cache.folder / kind)
+    speed = replace(sweep.config.measure, speed=True, speed_rounds=3, generate_tokens=2)
+    cluster = Cluster(0)
+    failures, _ = crew(cluster, replace(sweep, config=replace(sweep.config, measure=speed)))
+    assert failures == [] and cluster.launched == [["reference", "q4_k_s standard", "q8_0 standard"]]
+    (timed,) = read_speed(sweep.folder)
+    assert set(timed.cases) == {case.key for case in sweep.cases}
+    assert not list((sweep.cache.folder / "variants").glob("*.gguf"))
 
 
 def test_a_job_that_is_always_lost_is_given_up_and_the_others_are_kept(crew: Callable[..., Any], sweep: Sweep) -> None:
