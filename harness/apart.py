@@ -22,16 +22,15 @@ from harness.compose import launch
 from harness.config import Config, parse_shard
 from harness.errors import UserError, some
 from harness.launchers import Capacity, exclusive, job_folder, launcher_name, ready, why_queued
-from harness.passes import looked_at, read_speed
+from harness.passes import layers_path, looked_at, read_layers, read_speed
 from harness.paths import user_path
 from harness.progress import ProgressDisplay
+from harness.record import RECORDS
 from harness.run import run
 from harness.store import key_of, write_atomic, write_text
 from harness.sweep import Case, Sweep
 from harness.worker import APART, TOKENS, WINDOWS, code_id, work
 
-_FILE = r"[A-Za-z0-9_-][A-Za-z0-9._+-]*"
-_NAMES = re.compile(rf"(?:records|layers|speed|imatrix|{WINDOWS}/[0-9a-f]{{64}})/{_FILE}\.(?:json|npz|gguf)")
 _POLL_S = 2.0
 _QUEUE_POLL_S = 20.0
 
@@ -68,7 +67,7 @@ def run_apart(sweep: Sweep, configs: Sequence[Config], overrides: Sequence[str],
     crew = _Crew(sweep, configs, name, tuple(overrides), request, capacity, display)
     with _token(sweep) as token:
         failures = crew.give(jobs, token)
-        if sweep.config.measure.shard is not None:
+        if (sweep.config.measure.shard or "").startswith("all/"):
             failures += _join(sweep, display)
         timed = tuple(case for case in sweep.speed_cases if case.done)
         if timed and sweep.reference_case.done:
@@ -122,7 +121,7 @@ class _Crew:
                 if not isinstance(outcome, dict):
                     lost[job] = _why_lost(outcome)
                     continue
-                _store(self.sweep, outcome["files"])
+                _store(self.sweep, job, outcome["files"])
                 failures |= dict.fromkeys(f"{outcome['machine']}: {line}" for line in outcome["failures"])
                 if outcome["refused"]:
                     refused = f"{outcome['machine']}: {outcome['refused']}"
@@ -181,15 +180,11 @@ class _Crew:
     def _order(self, job: Job, token: str, *, with_imatrix: bool) -> dict[str, Any]:
         """What `harness.worker` reads."""
         sweep = self.sweep
-        calibration = sweep.calibration.id if sweep.calibration else None
         return {
             "kind": job.kind,
             "keys": [case.key for case in job.cases],
             "names": [case.name for case in job.cases],
-            "configs": [
-                asdict(_absolute(one, sweep, job, key_of(sweep.reference_case.key, calibration)[:32]))
-                for one in self.configs
-            ],
+            "configs": [asdict(_absolute(one, sweep, job, _folder_name(sweep, one, job))) for one in self.configs],
             "with_imatrix": with_imatrix,
             "code": code_id(),
             "version": __version__,
@@ -202,6 +197,13 @@ class _Crew:
                 "ends_with_me": self.name == "submitit_local",  # Ray and SLURM know how to end their jobs
             },
         }
+
+
+def _folder_name(sweep: Sweep, config: Config, job: Job) -> str:
+    """Where a worker keeps what it measures for this sweep, and for no other: those of the same keys may name their
+    texts otherwise, or have other findings. Parts of windows make no records, and find none."""
+    inputs = {name: asdict(config)[name] for name in ("model", "prompts", "calibration")}
+    return key_of(str(sweep.folder.absolute()), sweep.reference_case.key, inputs, job.kind)[:32]
 
 
 def _absolute(config: Config, sweep: Sweep, job: Job, folder: str) -> Config:
@@ -272,20 +274,39 @@ def _is_done(sweep: Sweep, job: Job) -> bool:
         return all(case.key in known for case in job.cases)
     if job.shard:
         return _of_shard(sweep, job.shard).stored_scores(job.cases[0]) is not None
-    return all(case.done for case in job.cases)
+    wanted = job.cases[:1] if sweep.config.measure.layers and job.cases[0].plan.file_type else ()
+    return all(case.done for case in job.cases) and all(read_layers(case.record_path, case.key) for case in wanted)
 
 
 def _of_shard(sweep: Sweep, shard: str | None, **measure: Any) -> Sweep:
     return replace(sweep, config=replace(sweep.config, measure=replace(sweep.config.measure, shard=shard, **measure)))
 
 
-def _store(sweep: Sweep, files: dict[str, bytes]) -> None:
+def _may_send(sweep: Sweep, job: Job, name: str) -> bool:
+    """Whether a file of that name can come of a job."""
+    folder, _, file = name.rpartition("/")
+    if job.kind == "timing":
+        return re.fullmatch(r"speed/[0-9a-f]{12}\.json", name) is not None
+    if job.kind == "windows":
+        calibration = sweep.calibration.id if sweep.calibration else ""
+        of_case = folder in [f"{WINDOWS}/{case.key}" for case in job.cases]
+        return name == f"imatrix/{calibration}.gguf" or (
+            of_case and re.fullmatch(r"window_[0-9]{5,9}\.npz", file) is not None
+        )
+    paths = [case.record_path for case in job.cases]
+    records = [path.with_suffix(suffix).name for path in paths for suffix in (".json", ".npz")]
+    return (folder == RECORDS and file in records) or (
+        folder == "layers" and file in [layers_path(path).name for path in paths]
+    )
+
+
+def _store(sweep: Sweep, job: Job, files: dict[str, bytes]) -> None:
     """Put what a job made where this machine would have put it. What is measured here already stays."""
     done = {
         path for case in sweep.cases if case.done for path in (case.record_path, case.record_path.with_suffix(".npz"))
     }
     for name, content in files.items():
-        if not _NAMES.fullmatch(name):
+        if not _may_send(sweep, job, name):
             raise UserError(
                 f"a worker sent a file called {name[:100]!r}, which no worker sends: nothing of it is stored"
             )
@@ -306,9 +327,10 @@ def _join(sweep: Sweep, display: ProgressDisplay) -> list[str]:
     """Make the records of the cases whose windows are all there."""
     whole = _of_shard(sweep, None, speed=False, layers=False)
     waiting = [case for case in whole.cases if not case.done and not whole.twin(case)]
-    stored = {case.key for case in waiting if whole.stored_scores(case) is not None}
-    missing = [case.name for case in waiting if case.key not in stored]
-    cases = tuple(case for case in whole.cases if case.done or case.key in stored)
+    there = {case.key for case in waiting if whole.stored_scores(case) is not None}
+    there |= {case.key for case in whole.cases if case.done}  # a twin may still want its record
+    missing = [case.name for case in waiting if case.key not in there]
+    cases = tuple(case for case in whole.cases if case.key in there)
     failures = [f"windows are still missing of {some(missing)}: the same command goes on there"] if missing else []
     if whole.reference_case not in cases:
         return failures

@@ -220,6 +220,7 @@ def _sweep(overrides: list[str]) -> int:
     from rich.console import Console
 
     from harness.apart import run_apart
+    from harness.config import parse_shard
     from harness.launchers import launcher_name
     from harness.plan_view import sweep_summary
     from harness.progress import ProgressDisplay
@@ -231,7 +232,7 @@ def _sweep(overrides: list[str]) -> int:
     launcher = launcher_name(of_launcher)
     groups = _by_inputs(configs_of_sweep(overrides))
     shard = groups[0][0].measure.shard
-    if shard and shard.startswith("all/") and not launcher:
+    if shard and parse_shard(shard, groups[0][0].prompts.n_windows)[0] is None and not launcher:
         raise UserError(f"measure.shard={shard} needs hydra/launcher=ray or another; here give one part, such as 1/4")
     sweeps = [_prepare(group) for group in groups]
     for i, sweep in enumerate(sweeps):

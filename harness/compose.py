@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError, nearest
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 GROUPS = ("model", "prompts", "calibration", "quant", "mode", "policy", "measure", "runtime")
 PATH_SETTINGS = ("path", "file", "dir", "cache_dir", "imatrix", "filename")
 CASE_GROUPS = ("quant", "mode", "policy")  # what makes a case; everything else is shared by a sweep
+_STOP_S = 5.0
 LAUNCHERS = ("ray", "submitit_local", "submitit_slurm")
 DEFAULT_MODES = "mode=standard,dynamicgate"
 
@@ -172,16 +174,25 @@ def launch(
     """
     ended: SimpleQueue[tuple[int, Any]] = SimpleQueue()
     with _launch_config(overrides, request) as (context, config):
-        same, numbers = _assignments(request), iter(range(n_jobs))
+        same, numbers, stopped = _assignments(request), iter(range(n_jobs)), Event()
 
         def wait_for_jobs() -> None:
             for i in numbers:
-                ended.put((i, _launched(context, config, work, [*same, f"job={i}"])))
+                if not stopped.is_set():
+                    ended.put((i, _launched(context, config, work, [*same, f"job={i}"])))
 
-        for _ in range(min(n_jobs, at_once)):
-            Thread(target=wait_for_jobs, daemon=True).start()
-        for _ in range(n_jobs):
-            yield ended.get()
+        threads = [Thread(target=wait_for_jobs, daemon=True) for _ in range(min(n_jobs, at_once))]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(n_jobs):
+                yield ended.get()
+        finally:
+            stopped.set()
+            if any(thread.is_alive() for thread in threads) and "ray" in sys.modules:
+                sys.modules["ray"].shutdown()  # its core aborts when Python ends while a thread waits for it
+                for thread in threads:
+                    thread.join(_STOP_S)
 
 
 def _launched(context: Any, config: Any, work: Callable[[Any], Any], overrides: list[str]) -> Any:
@@ -191,7 +202,7 @@ def _launched(context: Any, config: Any, work: Callable[[Any], Any], overrides: 
     try:
         launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=work, config=config)
         (done,) = launcher.launch([overrides], initial_job_idx=0)
-    except Exception as error:  # of Ray, of submitit: whatever they raise when a worker is lost
+    except BaseException as error:  # of Ray, of submitit: whatever they raise when a worker is lost
         return error
     # The property `return_value` would raise what the job raised.
     return done._return_value or RuntimeError(f"it ended as {done.status}")

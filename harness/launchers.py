@@ -174,8 +174,12 @@ def _ray(settings: Mapping[str, Any], request: dict[str, Any]) -> Capacity:
 def _require_reachable(address: str) -> None:
     """Raises UserError in seconds where Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
     if not host or not port.isdigit():
-        return  # auto, or a form that Ray knows better
+        raise UserError(
+            f"hydra.launcher.ray.init.address={address}: give HOST:PORT, as `ray start --head` prints, or auto"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
     except (OSError, OverflowError) as error:

@@ -1,6 +1,7 @@
 """Scores windows through the engine: per-token nll and KLD, timings. Runs in a child process."""
 
 import math
+import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -36,14 +37,15 @@ _BROKEN_NLL = 700.0  # exp of it is close to the largest float64
 class Scores:
     """Per-token values, [n_windows, n_scored] each: nll float64, nats; top int32, the likeliest token; kld float64,
     nats (None for the reference). decode_s, pass_s: float64 [n_windows], seconds in llama_decode and of the whole pass.
-    load_s: seconds to load the model, None where every window was there already. peak_rss_bytes: None also where the
-    system does not tell."""
+    machines: names of those that scored, sorted. load_s: seconds to load the model, None where every window was there
+    already. peak_rss_bytes: None also where the system does not tell."""
 
     nll: np.ndarray
     top: np.ndarray
     kld: np.ndarray | None
     decode_s: np.ndarray
     pass_s: np.ndarray
+    machines: tuple[str, ...] = ()
     load_s: float | None = None
     peak_rss_bytes: int | None = None
 
@@ -126,7 +128,7 @@ def score(
                         with rows_path.open("rb") as file:
                             rows = open_rows(file, kept_form(cache, rows_path, form), vocab_size, weights)
                             values = _score_window(decode(), window, rows)
-                    write_npz(path, **values)
+                    write_npz(path, **values, machine=platform.node())
                 if on_progress:
                     on_progress(n_done / len(indices))
     scores = stored_scores(window_folder, indices, n_scored)
@@ -142,13 +144,14 @@ def stored_scores(window_folder: Path, indices: Sequence[int], n_scored: int) ->
     if len(measured) < len(found) or len({tuple(sorted(values)) for values in measured}) != 1:
         return None
     stacked = {name: np.stack([values[name] for values in measured]) for name in measured[0]}
-    return Scores(stacked["nll"], stacked["top"], stacked.get("kld"), stacked["decode_s"], stacked["pass_s"])
+    machines = tuple(sorted(set(map(str, stacked["machine"].tolist()))))
+    return Scores(stacked["nll"], stacked["top"], stacked.get("kld"), stacked["decode_s"], stacked["pass_s"], machines)
 
 
 def _read_window(path: Path, n_scored: int) -> dict[str, np.ndarray] | None:
     """Stored values of one window; None when there are none, or no whole ones."""
     values = read_npz(path)
-    whole = values is not None and {"nll", "top", "decode_s", "pass_s"} <= set(values)
+    whole = values is not None and {"nll", "top", "decode_s", "pass_s", "machine"} <= set(values)
     return values if values is not None and whole and values["nll"].shape == (n_scored,) else None
 
 

@@ -118,7 +118,7 @@ def _work_on(
         begun = {**environment(engine), "begun_utc": utc_now()}
         failures = []
         try:
-            result, per_token = _measure(sweep, case, display)
+            result, per_token = _measure(sweep, case, begun, display)
         except EngineError as error:
             result, per_token = {"status": "failed", "error": str(error), "log_tail": error.log_tail}, {}
             failures = [f"{case.name} failed: {error.with_log}; see {case.record_path}, the same command tries again"]
@@ -131,13 +131,15 @@ def _work_on(
     return failures
 
 
-def _measure(sweep: Sweep, case: Case, display: ProgressDisplay) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What the record says of the measurement, and the per-token values beside it."""
+def _measure(
+    sweep: Sweep, case: Case, begun: dict[str, Any], display: ProgressDisplay
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What the record says of the measurement, and the per-token values beside it. begun: this machine."""
     if twin := sweep.twin(case):
         if not twin.done:
             raise EngineError(f"its file is that of {twin.name}, which failed")
         record = read_record(twin.record_path)
-        names = ("status", "timings", "quantizing", "peak_rss_bytes")
+        names = ("status", "timings", "quantizing", "peak_rss_bytes", "environment")
         result = {name: record.data.get(name) for name in names}
         return {**result, "same_as": twin.name}, record.per_token()
     made: dict[str, Any] = {}
@@ -152,12 +154,14 @@ def _measure(sweep: Sweep, case: Case, display: ProgressDisplay) -> tuple[dict[s
     timings = {
         "quantize_s": made.get("quantize_s"),
         "load_s": scores.load_s,
-        "pass_s": float(scores.pass_s.sum()),
+        "pass_s": float(scores.pass_s.sum()) if len(scores.machines) == 1 else None,
         "window_pass_s": scores.pass_s.tolist(),
         "window_decode_s": scores.decode_s.tolist(),
     }
     quantizing = {name: n for name, n in made.items() if name != "quantize_s"} or None
     result = {"status": "ok", "timings": timings, "quantizing": quantizing, "peak_rss_bytes": scores.peak_rss_bytes}
+    if scores.machines != (begun["machine"],):  # joined here of parts that others scored
+        result["environment"] = {**begun, "machine": ", ".join(scores.machines), "cpu": None, "memory_bytes": None}
     return result, scores.per_token
 
 

@@ -11,7 +11,7 @@ from harness.calibration import Calibration
 from harness.config import Config, parse_shard
 from harness.cpu import ggml_base_path
 from harness.kld_reference import PROBABILITIES, kept_form, probability_path, reference_bytes
-from harness.measure import Scores, stored_scores
+from harness.measure import Scores, stored_scores, window_path
 from harness.passes import SPEED_UBATCH_TOKENS, looked_at, read_layers, read_speed
 from harness.plan import Plan
 from harness.prompts import Windows
@@ -172,6 +172,10 @@ class Sweep:
         n_scored = self.prompts.tokens.shape[1] - self.first_scored
         return stored_scores(self.windows_folder(case), self.shard_windows, n_scored)
 
+    def is_scored(self, case: Case) -> bool:
+        """Whether files are there for all of these windows, whole or not."""
+        return all(window_path(self.windows_folder(case), i).is_file() for i in self.shard_windows)
+
     def windows_folder(self, case: Case) -> Path:
         """Where the windows of a case are kept while it is scored."""
         return self.cache.folder / "scores" / case.key
@@ -259,7 +263,7 @@ class Sweep:
     def steps(self, case: Case) -> dict[str, float]:
         """Estimated seconds of what is left to do for a case."""
         steps: dict[str, float] = {}
-        if self.twin(case):
+        if self.twin(case) or self.is_scored(case):
             return steps
         if case.plan.file_type and not self.cache.holds(self.variant_path(case)):
             steps["quantizing"] = self.quantizing_s.get(case.key, 0.0)

@@ -31,7 +31,7 @@ FILE_COLUMNS = ("File", "Type", "Size", "bpw", "PPL", "Mean KLD", "Recommendatio
 _ABSENT = "-"
 _SPEED_NOTES = {
     TIMED: "Std and DG Speed: seconds to run the prompt set once, at the median speed of the timing pass.",
-    SCORED: "Std and DG Speed: no speed measurement but the seconds that the scoring took on this machine, each file "
+    SCORED: "Std and DG Speed: no speed measurement but the seconds that the scoring took on one machine, each file "
     "once and with other work beside it; there was no timing pass.",
     None: "Std and DG Speed: left out, as the files were measured on several machines and without a timing pass.",
 }

@@ -174,8 +174,9 @@ def _files(sweep: Sweep, order: dict[str, Any]) -> dict[str, bytes]:
         for case in wanted:
             for path in (case.record_path.with_suffix(".npz"), case.record_path):
                 paths[f"{RECORDS}/{path.name}"] = path
-            layers = layers_path(case.record_path)
-            paths[f"layers/{layers.name}"] = layers
+            if sweep.config.measure.layers:
+                layers = layers_path(case.record_path)
+                paths[f"layers/{layers.name}"] = layers
     return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from killing import check, records
 
@@ -534,17 +535,49 @@ def test_a_cache_that_is_not_shared_though_it_is_said_to_be(tmp_path: Path) -> N
     ],
 )
 def test_a_worker_cannot_write_elsewhere(name: str, sweep: Sweep, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="which no worker sends"):
-        apart._store(sweep, {name: b"x"})
+    for job in (*cases_apart(sweep), Job("windows", sweep.cases, "1/2"), Job("timing", sweep.cases)):
+        with pytest.raises(UserError, match="which no worker sends"):
+            apart._store(sweep, job, {name: b"x"})
     assert not list(tmp_path.rglob("x.*"))
+
+
+def test_a_worker_cannot_answer_for_another_case(sweep: Sweep) -> None:
+    reference, one, other = sweep.cases
+    jobs = (Job("cases", (one,)), Job("windows", (one,), "1/2"))
+    names = (f"{RECORDS}/{other.record_path.name}", f"windows/{other.key}/window_00000.npz", "imatrix/other.gguf")
+    for job in jobs:
+        for name in names:
+            with pytest.raises(UserError, match="which no worker sends"):
+                apart._store(sweep, job, {name: b"x"})
+    apart._store(sweep, jobs[0], {f"{RECORDS}/{one.record_path.name}": b"x"})
+    assert one.record_path.read_bytes() == b"x" and not reference.record_path.exists()
 
 
 def test_what_is_measured_here_stays(finished_sweep: Path, world: Any) -> None:
     done = prepare(compose(["quant=q8_0", "mode=standard", *world.settings]), print)
     case = done.cases[-1]
     before = case.record_path.read_bytes()
-    apart._store(done, {f"records/{case.record_path.name}": b"{}"})
+    apart._store(done, Job("cases", (case,)), {f"records/{case.record_path.name}": b"{}"})
     assert case.record_path.read_bytes() == before and case.done
+
+
+def test_windows_of_several_machines_name_them_and_have_no_seconds(
+    truth: Path, tiny_overrides: list[str], tmp_path: Path, cli: Cli
+) -> None:
+    """Scored by `one` and `other`, joined by this machine."""
+    own = settings(tiny_overrides, tmp_path)
+    for part, machine in (("1/2", "one"), ("2/2", "other")):
+        code, _, err = cli("sweep", "quant=q8_0", "mode=standard", *own, f"measure.shard={part}")
+        assert code == 0, err
+        for path in (tmp_path / "cache" / "scores").rglob("*.npz"):
+            values = dict(np.load(path))
+            if values["machine"] == socket.gethostname():
+                np.savez(path, **{**values, "machine": machine})
+    assert cli("sweep", "quant=q8_0", "mode=standard", *own)[0] == 0
+    for path in (tmp_path / "results" / "tiny" / RECORDS).glob("*.json"):
+        record = json.loads(path.read_text())
+        assert record["environment"]["machine"] == "one, other" and record["timings"]["pass_s"] is None
+    assert records(tmp_path / "results" / "tiny").keys() < records(truth).keys()
 
 
 # --- locks of a shared folder
