@@ -121,7 +121,7 @@ def jobs_of(sweep: "Sweep", copy_s: float) -> tuple[list[Job], Job]:
     copy_s: to fetch the reference, once a machine where caches are their own.
     """
     from harness import cost
-    from harness.apart import cases_apart
+    from harness.jobs import cases_apart
     from harness.work import kept_tensors
 
     keeps, sharded = sweep.config.runtime.tensor_cache_gb > 0, sweep.config.measure.shard is not None

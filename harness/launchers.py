@@ -73,9 +73,9 @@ def ready(name: str, overrides: Sequence[str], request: dict[str, Any]) -> Capac
     package, extra = _EXTRAS[name.split("_", maxsplit=1)[0]]
     if find_spec("hydra_plugins") is None or find_spec(package) is None:
         raise UserError(f"hydra/launcher={name} is not installed: pip install 'gguf-harness[{extra}]'")
-    settings = launcher_settings(overrides, request)
     if name == "ray":
-        return _ray(settings["ray"], request)
+        return _ray(overrides, request)
+    settings = launcher_settings(overrides, request)
     if name == "submitit_slurm":
         if shutil.which("sbatch") is None:
             raise UserError(
@@ -117,10 +117,10 @@ def _require_accepted(settings: Mapping[str, Any]) -> None:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"SLURM does not answer: `sbatch --test-only` took more than {_SBATCH_S:.0f} s") from error
     if done.returncode:
-        raise refused_by_slurm(done.stderr, asked=" ".join(given))
+        raise _refused_by_slurm(done.stderr, asked=" ".join(given))
 
 
-def refused_by_slurm(said: str, asked: str = "") -> UserError:
+def _refused_by_slurm(said: str, asked: str = "") -> UserError:
     """What sbatch said, in one line."""
     lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in said.splitlines()]
     reasons = "; ".join(line for line in lines if line) or "no reason given"
@@ -137,27 +137,21 @@ def why_queued(queue: str) -> set[str]:
     return {line.strip() for line in done.stdout.splitlines()} - {"", *_USUAL_REASONS}
 
 
-def _ray(settings: Mapping[str, Any], request: dict[str, Any]) -> Capacity:
+def _ray(overrides: Sequence[str], request: dict[str, Any]) -> Capacity:
+    settings = launcher_settings(overrides, request)["ray"]
     address = settings["init"].get("address") or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
     if address in (None, "local"):
-        request["local_cpus"] = request["local_cpus"] or physical_cores()
-        request["local_object_store_bytes"] = _OBJECT_STORE_BYTES
+        request |= {"local_cpus": physical_cores(), "local_object_store_bytes": _OBJECT_STORE_BYTES}
+        settings = launcher_settings(overrides, request)["ray"]
     else:
         _require_reachable(address)
     import ray
 
-    init = {**settings["init"]}
-    if address in (None, "local"):
-        init = {
-            **init,
-            "num_cpus": init["num_cpus"] or request["local_cpus"],
-            "object_store_memory": _OBJECT_STORE_BYTES,
-        }
     try:
         if not ray.is_initialized():
-            ray.init(**init)
+            ray.init(**settings["init"])
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"Ray at {address or 'this machine'}: {str(error).splitlines()[0]}") from error

@@ -37,10 +37,10 @@ def run(sweep: Sweep, display: ProgressDisplay) -> list[str]:
     if sweep.finished:
         _pin_variants(sweep, sweep.cases)
         return []
-    engine = engine_of(sweep)
     covered = _imatrix(sweep, display)
     if sweep.config.measure.shard is not None:
         return _score_shard(sweep, display)
+    engine = engine_of(sweep)
     failures = []
     for case in sweep.open_cases:
         if case is not sweep.reference_case and sweep.stored_scores(case) is None:

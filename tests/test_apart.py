@@ -21,9 +21,9 @@ import pytest
 from killing import check, records
 
 from harness import apart, isolate, launchers, worker
-from harness.apart import Job, cases_apart
 from harness.compose import compose, launch, launcher_settings
 from harness.errors import UserError
+from harness.jobs import Job, cases_apart, request_of, store
 from harness.passes import read_speed
 from harness.prepare import prepare
 from harness.record import RECORDS
@@ -313,7 +313,7 @@ def test_requests_come_from_the_plan_and_from_the_user() -> None:
 
 
 def test_memory_of_a_job_is_its_file_the_logits_and_the_rest(sweep: Sweep) -> None:
-    request = apart._request(sweep, "ray")
+    request = request_of(sweep, cases_apart(sweep), Path("x"))
     largest = max(case.plan.file_bytes for case in sweep.cases)
     n_logits = 63 * 310  # targets 65 .. 127 of a window, 310 tokens in the vocabulary
     assert request["memory_bytes"] == int(largest + 1.3 * 4 * n_logits + 200e6) and request["cpus"] == 1
@@ -385,12 +385,14 @@ class Cluster:
     def __init__(self, lost: int, unlucky: list[str] | None = None) -> None:
         self.lost, self.unlucky = lost, unlucky
         self.launched: list[list[str]] = []
+        self.folders: set[str] = set()
 
     def __call__(
         self, _overrides: Any, _request: Any, n_jobs: int, work: Callable[[Any], Any], _at_once: int
     ) -> Iterator[tuple[int, Any]]:
         for i in range(n_jobs):
             self.launched.append(work.args[0][i]["names"])
+            self.folders |= {config["results"]["name"] for config in work.args[0][i]["configs"]}
             lost = len(self.launched) <= self.lost or work.args[0][i]["names"] == self.unlucky
             yield i, RuntimeError("node preempted\nand more") if lost else work(SimpleNamespace(job=i))
 
@@ -468,6 +470,31 @@ def test_a_job_that_is_always_lost_is_given_up_and_the_others_are_kept(crew: Cal
     assert failures == [] and all(case.done for case in sweep.cases), "a rerun completes it"
 
 
+def test_what_workers_kept_is_found_until_all_of_it_came_back(crew: Callable[..., Any], sweep: Sweep) -> None:
+    """A worker's cache may be on another machine, where nobody deletes what is deleted here."""
+    stopped, resumed, anew = Cluster(0, unlucky=["q8_0 standard"]), Cluster(0), Cluster(0)
+    crew(stopped)
+    crew(resumed, replace(sweep))
+    assert resumed.launched == [["q8_0 standard"]] and resumed.folders == stopped.folders
+    assert not list((sweep.cache.folder / worker.APART).iterdir()) and not (sweep.folder / "jobs").exists()
+    sweep.cases[1].record_path.unlink()
+    crew(anew, replace(sweep))
+    assert anew.launched == [["q4_k_s standard"]] and sweep.cases[1].done
+    assert anew.folders.isdisjoint(stopped.folders)
+
+
+def test_a_deleted_timing_is_done_again(crew: Callable[..., Any], sweep: Sweep) -> None:
+    speed = replace(sweep.config.measure, speed=True, speed_rounds=3, generate_tokens=2)
+    timed = replace(sweep, config=replace(sweep.config, measure=speed))
+    clusters, begun = [Cluster(0), Cluster(0)], []
+    for cluster in clusters:
+        assert crew(cluster, replace(timed))[0] == []
+        begun += [path.read_bytes() for path in (sweep.folder / "speed").iterdir()]
+        shutil.rmtree(sweep.folder / "speed")
+    assert clusters[1].launched == clusters[0].launched[-1:] and clusters[0].folders.isdisjoint(clusters[1].folders)
+    assert len(set(begun)) == 2, "rounds that were run twice, not a file that was found"
+
+
 def test_a_sweep_whose_jobs_are_all_lost_says_so(
     tiny_overrides: list[str], tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -537,7 +564,7 @@ def test_a_cache_that_is_not_shared_though_it_is_said_to_be(tmp_path: Path) -> N
 def test_a_worker_cannot_write_elsewhere(name: str, sweep: Sweep, tmp_path: Path) -> None:
     for job in (*cases_apart(sweep), Job("windows", sweep.cases, "1/2"), Job("timing", sweep.cases)):
         with pytest.raises(UserError, match="which no worker sends"):
-            apart._store(sweep, job, {name: b"x"})
+            store(sweep, job, {name: b"x"})
     assert not list(tmp_path.rglob("x.*"))
 
 
@@ -548,8 +575,8 @@ def test_a_worker_cannot_answer_for_another_case(sweep: Sweep) -> None:
     for job in jobs:
         for name in names:
             with pytest.raises(UserError, match="which no worker sends"):
-                apart._store(sweep, job, {name: b"x"})
-    apart._store(sweep, jobs[0], {f"{RECORDS}/{one.record_path.name}": b"x"})
+                store(sweep, job, {name: b"x"})
+    store(sweep, jobs[0], {f"{RECORDS}/{one.record_path.name}": b"x"})
     assert one.record_path.read_bytes() == b"x" and not reference.record_path.exists()
 
 
@@ -557,7 +584,7 @@ def test_what_is_measured_here_stays(finished_sweep: Path, world: Any) -> None:
     done = prepare(compose(["quant=q8_0", "mode=standard", *world.settings]), print)
     case = done.cases[-1]
     before = case.record_path.read_bytes()
-    apart._store(done, Job("cases", (case,)), {f"records/{case.record_path.name}": b"{}"})
+    store(done, Job("cases", (case,)), {f"records/{case.record_path.name}": b"{}"})
     assert case.record_path.read_bytes() == before and case.done
 
 
