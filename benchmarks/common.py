@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -143,6 +144,20 @@ def _look(process: psutil.Process) -> Sample | None:
     except psutil.Error:
         return None
     return time.time(), cpu_s, rss
+
+
+def empty_folders(folder: Path, linked: Iterable[Path] = ()) -> tuple[list[str], Path]:
+    """Overrides for a sweep with an empty cache, but for links to these folders of another, and where its results will
+    be. What stood there is removed."""
+    cache, results = folder / "cache", folder / "results"
+    for one in (cache, results):
+        shutil.rmtree(one, ignore_errors=True)
+    cache.mkdir()
+    for one in linked:
+        if one.is_dir():
+            (cache / one.name).symlink_to(one)
+    where = [f"runtime.cache_dir={cache}", f"results.dir={results}", "results.name=sweep"]
+    return where, results / "sweep"
 
 
 def step_of_sweep(line: str) -> str | None:

@@ -10,7 +10,6 @@ KEY=VALUE: settings of the first part's sweeps, such as model=qwen2_5_coder_1_5b
 """
 
 import argparse
-import shutil
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import common  # noqa: E402
-from benchmarks.common import Usage, in_child, markdown, measured, run_main, say, seconds_text  # noqa: E402
+from benchmarks.common import Usage, empty_folders, in_child, markdown, measured, run_main, say, seconds_text  # noqa: E402
 from harness.store import write_json  # noqa: E402
 
 SCORED = ["calibration=none", "prompts.n_windows=1", "prompts.window_tokens=512", "measure.speed=false"]
@@ -74,19 +73,12 @@ def write_policies(folder: Path, n: int, type_name: str) -> list[Path]:
 
 def sweep(folder: Path, overrides: Sequence[str], linked: Sequence[Path]) -> dict[str, Usage]:
     """One sweep in an empty cache."""
-    cache, results = folder / "cache", folder / "results"
-    for one in (cache, results):
-        shutil.rmtree(one, ignore_errors=True)
-    cache.mkdir()
-    for one in linked:
-        if one.is_dir():
-            (cache / one.name).symlink_to(one)
-    where = [f"runtime.cache_dir={cache}", f"results.dir={results}", "results.name=sweep"]
+    where, results = empty_folders(folder, linked)
     return measured(
         [sys.executable, "-m", "harness", "sweep", *overrides, *where],
         folder / "sweep.log",
         step_of=common.step_of_sweep,
-        last_step_ended=lambda: common.last_record(results / "sweep"),
+        last_step_ended=lambda: common.last_record(results),
     )
 
 

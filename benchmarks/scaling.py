@@ -10,7 +10,6 @@ with the shapes of Llama 3 70B. --gbit: from where a machine with a cache of its
 """
 
 import argparse
-import shutil
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,17 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from benchmarks.common import in_child, machine, markdown, measured, ratio_text, run_main, say, seconds_text  # noqa: E402
+from benchmarks.common import (  # noqa: E402
+    empty_folders,
+    in_child,
+    machine,
+    markdown,
+    measured,
+    ratio_text,
+    run_main,
+    say,
+    seconds_text,
+)
 from benchmarks.growth import planned, write_model  # noqa: E402
 from benchmarks.large_sweep import KEPT, SETUPS, Setup, jobs_of, large_sweep, with_setup  # noqa: E402
 from benchmarks.schedule import Job, lower_bounds, schedule  # noqa: E402
@@ -160,18 +169,11 @@ def sweep_once(folder: Path, overrides: Sequence[str], linked: Sequence[Path]) -
     """One sweep in an empty cache: what it took, and its records without timings."""
     from killing import records
 
-    cache, results = folder / "cache", folder / "results"
-    for one in (cache, results):
-        shutil.rmtree(one, ignore_errors=True)
-    cache.mkdir()
-    for one in linked:
-        if one.is_dir():
-            (cache / one.name).symlink_to(one)
-    where = [f"runtime.cache_dir={cache}", f"results.dir={results}", "results.name=sweep"]
+    where, results = empty_folders(folder, linked)
     begin = time.time()
     usage = measured([sys.executable, "-m", "harness", "sweep", *overrides, *where], folder / "sweep.log")["whole"]
-    begun = min(one.data["environment"]["begun_utc"] for one in read_records(results / "sweep"))
-    return Took(usage.wall_s, datetime.fromisoformat(begun).timestamp() - begin), records(results / "sweep")
+    begun = min(one.data["environment"]["begun_utc"] for one in read_records(results))
+    return Took(usage.wall_s, datetime.fromisoformat(begun).timestamp() - begin), records(results)
 
 
 def measure(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from harness.mixture import Mixture, type_changes
 from harness.plan import role_and_layer
 from harness.recipes import short_entries
 from harness.record import Record
-from harness.report import Results
+from harness.results import Results
 from harness.summary import key_improvements, tradeoffs
 from harness.tables import Table, card_table, file_table, plus_minus, pure_notes, recommendation, size
 

@@ -1,18 +1,22 @@
 """Warnings as data: what a reader of a table must know. Pure: measured values in, findings out."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from harness.compare import Measured
 from harness.ggml_types import UNQUANTIZED
 from harness.passes import SpeedPass, machine_of
 from harness.record import COMPARABLE, first_difference
 from harness.stats import mean_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NEARLY_NOTHING_NATS = 1e-5
 BUSY_SHARE = 0.05

@@ -309,9 +309,9 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _compare(arguments: list[str]) -> int:
+    from harness.compare_view import comparison_text
     from harness.config import check
     from harness.record import find_record
-    from harness.report import comparison_text
 
     names = [argument for argument in arguments if "=" not in argument]
     if len(names) != 2:
@@ -381,7 +381,7 @@ def _require_sweeps(folders: Sequence[Path]) -> None:
 def _card(arguments: list[str]) -> int:
     """Plain settings of its own, as `report`."""
     from harness.model_card import Settings, new_card, read_card, update_card, write_card
-    from harness.report import load_results
+    from harness.results import load_results
 
     flags = [argument for argument in arguments if argument in ("--check", "--new")]
     single = ("base_model", "quantized_by", "name")

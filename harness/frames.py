@@ -13,7 +13,7 @@ from harness.compare import Measured, Verdict, difference, dominators, equal_siz
 from harness.mixture import Mixture
 from harness.pass_frames import speed_columns
 from harness.passes import Timing, machine_of
-from harness.record import Record, field
+from harness.record import Record, field, in_order
 from harness.stats import Interval, holm, mean_interval
 
 TIMED, SCORED = "timing", "scoring"  # what the seconds of the comparison are of
@@ -102,22 +102,6 @@ def attribution_frame(records: Sequence[Record]) -> pd.DataFrame:
         row |= _interval_columns("saved_ln_ppl", saved.ln_ppl) | _interval_columns("saved_kld", saved.kld)
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def in_order(records: Iterable[Record]) -> list[Record]:
-    """The reference first, then quants by the size of their standard file, standard before the other modes."""
-    records = list(records)
-    sizes: dict[str, tuple[bool, int]] = {}
-    for record in records:
-        quant, mode, _ = record.label
-        own = (mode != "standard", record.data["variant"]["file_bytes"])
-        sizes[quant] = min(own, sizes.get(quant, own))
-
-    def place(record: Record) -> tuple[Any, ...]:
-        quant, mode, policy = record.label
-        return mode != "reference", sizes[quant][1], quant, mode != "standard", mode, policy or ""
-
-    return sorted(records, key=place)
 
 
 def _run_row(record: Record, reference: dict[str, np.ndarray] | None) -> dict[str, Any]:

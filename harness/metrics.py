@@ -92,12 +92,13 @@ def probability_change(nll: np.ndarray, nll_reference: np.ndarray) -> dict[str, 
     Mean, root mean square and percentiles, as `llama-perplexity --kl-divergence` prints them.
     """
     delta = 100 * (np.exp(-nll.ravel()) - np.exp(-nll_reference.ravel()))
-    rms, root_n = float(np.sqrt((delta**2).mean())), math.sqrt(max(1, delta.size - 1))
+    squares = delta**2
+    rms, root_n = float(np.sqrt(squares.mean())), math.sqrt(max(1, delta.size - 1))
     summary = {
         "dp_mean_pct": float(delta.mean()),
         "dp_mean_se_pct": float(delta.std()) / root_n,
         "dp_rms_pct": rms,
-        "dp_rms_se_pct": float((delta**2).std()) / root_n / (2 * rms) if rms else 0.0,
+        "dp_rms_se_pct": float(squares.std()) / root_n / (2 * rms) if rms else 0.0,
     }
     percents = (1, 5, 25, 50, 75, 95, 99)
     return summary | {

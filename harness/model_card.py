@@ -19,7 +19,7 @@ from harness.compose import sources
 from harness.errors import UserError, nearest
 from harness.paths import read_small
 from harness.record import Record
-from harness.report import Results
+from harness.results import Results
 from harness.store import write_atomic
 
 MAX_FRONT_MATTER = 1 << 20  # characters; PyYAML takes about a minute for a megabyte of it

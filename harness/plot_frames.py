@@ -12,14 +12,12 @@ import pandas as pd
 from harness.ggml_types import GGML_TYPES
 from harness.plan import role_and_layer
 from harness.record import Record
+from harness.shown import MOST_POSITIONS, MOST_QUANTS, MOST_ROWS, of_kld, of_positions, of_types, spread_out
 from harness.stats import BLOCK_TOKENS, MIN_BLOCKS, Interval, mean_interval, small_sample_interval
 
 MIB = 1 << 20
 KLD_FLOOR = 1e-6  # nats; what is below is rounding and has no place on a log axis
 KLD_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
-MOST_ROWS = 24  # of a picture with a line for each variant
-MOST_QUANTS = 18  # of pictures with a panel for each quant; of more, a few are examples enough
-FEW_QUANTS = 2
 _LLAMA_3_8B = re.compile(r"llama[-_ ]?3[-_ ]8b", re.IGNORECASE)
 
 _POINT_COLUMNS = ("name", "quant", "series", "size_mib", "value", "low", "high", "on_front", "from_mib", "from_value")
@@ -28,11 +26,6 @@ _POINT_COLUMNS = ("name", "quant", "series", "size_mib", "value", "low", "high",
 def series_of(name: str, quant: str) -> str:
     """What cases of several quants share, and so one colour in every plot: 'standard', 'dynamicgate', ..."""
     return name.removeprefix(f"{quant}-")
-
-
-def spread_out(n: int, most: int) -> list[int]:
-    """Indices of at most `most` of n items, evenly chosen, the first and the last among them."""
-    return list(dict.fromkeys(np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist()))
 
 
 def ppl_points(runs: pd.DataFrame) -> pd.DataFrame:
@@ -115,19 +108,11 @@ def speed_points(speed: pd.DataFrame, bench: Sequence[Mapping[str, Any]]) -> pd.
 
 
 def types_frame(records: Sequence[Record], most: int = MOST_QUANTS) -> pd.DataFrame:
-    """Bits per weight of every tensor under a policy and in the standard file; one policy a quant, the first that
-    changes anything (placebos last). layer: empty outside the blocks. Roles that stay f32 (norms, biases) are left out.
-    With more than `most` quants FEW_QUANTS of them, evenly chosen.
-    """
+    """Bits per weight of every tensor under a policy and in the standard file, of the records that `shown.of_types`
+    chooses. layer: empty outside the blocks. Roles that stay f32 (norms, biases) are left out."""
     columns = ["name", "quant", "series", "role", "layer", "type", "bpw", "standard_type", "standard_bpw"]
-    others = [record for record in records if record.ok and record.data["mode"] not in ("reference", "standard")]
-    others.sort(key=lambda record: record.data["mode"].startswith("placebo"))
-    shown = list(dict.fromkeys(record.data["quant"] for record in others))
-    shown = [shown[i] for i in spread_out(len(shown), most if len(shown) <= most else FEW_QUANTS)]
-    found: dict[str, pd.DataFrame] = {}
-    for record in others:
-        if record.data["quant"] not in shown or record.data["quant"] in found:
-            continue
+    found = []
+    for record in of_types(records, most):
         rows = []
         for tensor, types in record.data["variant"]["tensors"].items():
             role, layer = role_and_layer(tensor)
@@ -137,20 +122,15 @@ def types_frame(records: Sequence[Record], most: int = MOST_QUANTS) -> pd.DataFr
             rows.append({**row, "series": series_of(record.name, record.data["quant"])})
         frame = pd.DataFrame(rows, columns=columns).astype({"layer": float})
         plain = (frame.type == "f32") & (frame.standard_type == "f32")
-        frame = frame[~plain.groupby(frame.role).transform("all").astype(bool)]
-        if (frame.type != frame.standard_type).any():
-            found[record.data["quant"]] = frame
-    in_order = [found[quant] for quant in dict.fromkeys(r.data["quant"] for r in records) if quant in found]
-    return pd.concat(in_order, ignore_index=True) if in_order else pd.DataFrame(columns=columns)
+        found.append(frame[~plain.groupby(frame.role).transform("all").astype(bool)])
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
 
 
 def kld_quantiles_frame(records: Sequence[Record]) -> pd.DataFrame:
-    """Mean and quantiles of the per-token KLD, nats, at least KLD_FLOOR; columns q0.05 .. q0.999. One row a variant, at
-    most MOST_ROWS, evenly chosen."""
+    """Mean and quantiles of the per-token KLD, nats, at least KLD_FLOOR; columns q0.05 .. q0.999. One row for each
+    variant that `shown.of_kld` chooses."""
     rows = []
-    variants = [record for record in records if record.ok and record.data["mode"] != "reference"]
-    measured = [record for record in variants if "kld" in record.per_token()]
-    for record in (measured[i] for i in spread_out(len(measured), MOST_ROWS)):
+    for record in of_kld(records):
         kld, quant = record.per_token()["kld"], record.data["quant"]
         row = {"name": record.name, "quant": quant, "series": series_of(record.name, quant), "mean": kld.mean()}
         row |= {f"q{q}": value for q, value in zip(KLD_QUANTILES, np.quantile(kld, KLD_QUANTILES), strict=True)}
@@ -158,21 +138,17 @@ def kld_quantiles_frame(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["name", "quant", "series", "mean", *(f"q{q}" for q in KLD_QUANTILES)])
 
 
-def position_frame(records: Sequence[Record], most: int = 8) -> pd.DataFrame:
-    """Mean nll minus the reference's (nats) by position in the window, in blocks of about 93 positions; the best first.
+def position_frame(records: Sequence[Record], most: int = MOST_POSITIONS) -> pd.DataFrame:
+    """Mean nll minus the reference's (nats) by position in the window, in blocks of about 93 positions, of the variants
+    that `shown.of_positions` chooses, the best first.
 
     position: middle of the block, counted from the window's first token. low and high: 95 % interval over the windows.
-    With more than `most` variants the best and the worst, half each.
     """
     columns = ["name", "quant", "series", "position", "delta_nll", "low", "high"]
-    reference = next((record for record in records if record.ok and record.data["mode"] == "reference"), None)
-    if reference is None:
+    shown = of_positions(records, most)
+    if not shown:
         return pd.DataFrame(columns=columns)
-    base = reference.per_token()["nll"]
-    variants = [record for record in records if record.ok and record is not reference]
-    variants.sort(key=lambda record: float(record.per_token()["nll"].mean()))
-    if len(variants) > most:
-        variants = variants[: most // 2] + variants[-(most - most // 2) :]
+    base, variants = shown[0].per_token()["nll"], shown[1:]
     n_scored = base.shape[1]
     edges = np.linspace(0, n_scored, max(1, n_scored // BLOCK_TOKENS) + 1).round().astype(int)
     rows = []

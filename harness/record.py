@@ -197,6 +197,22 @@ def all_records(folder: Path) -> tuple[list[Record], list[str]]:
     return records, problems
 
 
+def in_order(records: Iterable[Record]) -> list[Record]:
+    """The reference first, then quants by the size of their standard file, standard before the other modes."""
+    records = list(records)
+    sizes: dict[str, tuple[bool, int]] = {}
+    for record in records:
+        quant, mode, _ = record.label
+        own = (mode != "standard", record.data["variant"]["file_bytes"])
+        sizes[quant] = min(own, sizes.get(quant, own))
+
+    def place(record: Record) -> tuple[Any, ...]:
+        quant, mode, policy = record.label
+        return mode != "reference", sizes[quant][1], quant, mode != "standard", mode, policy or ""
+
+    return sorted(records, key=place)
+
+
 def find_record(folder: Path, name: str, sweep_name: str | None = None) -> Record:
     """The measured case that a person calls `name` in the sweeps below `folder`, or the record file of that path.
 

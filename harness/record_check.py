@@ -1,11 +1,13 @@
 """What reports and cards need of a record, field by field. A record may be anybody's file. Pure."""
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from harness.ggml_types import FILE_TYPES, GGML_TYPES
 
 _LARGEST = 1 << 60
+_TYPES = itemgetter("type", "standard")
 
 Check = Callable[[Any], bool]
 
@@ -67,10 +69,13 @@ def _is_environment(value: Any) -> bool:
 
 def _is_tensors(value: Any) -> bool:
     # Reports ask it of hundreds of tensors in each of a thousand records: whole collections at once.
-    if not isinstance(value, dict) or not is_text("".join(value)) or not set(map(type, value.values())) <= {dict}:
+    if not isinstance(value, dict) or not is_text("".join(value)):
         return False
-    types = [one.get(kind) for one in value.values() for kind in ("type", "standard")]
-    return set(map(type, types)) <= {str} and GGML_TYPES.keys() >= set(types)
+    try:
+        types = {one for pair in set(map(_TYPES, value.values())) for one in pair}
+    except (KeyError, TypeError):  # no types, no map, or types that are lists
+        return False
+    return set(map(type, types)) <= {str} and GGML_TYPES.keys() >= types
 
 
 def _is_calibration(value: Any) -> bool:

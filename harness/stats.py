@@ -75,7 +75,7 @@ def mean_interval(values: np.ndarray, block_tokens: int = BLOCK_TOKENS) -> Inter
     se = math.sqrt(float((residuals**2).sum()) / (n * (n - 1)))
     # A replicate's sums are products with how often it chose each block: the same figures as gathering the blocks.
     weight, weight_squares = _resampled_weights(scaled.tobytes())
-    sums, squares, crossed = np.stack([residuals, residuals**2, residuals * scaled]) @ _resampled(n)
+    sums, squares, crossed = np.array([residuals, residuals**2, residuals * scaled]) @ _resampled(n)
     shift = sums / weight  # the replicate's mean minus the mean
     squares += shift * (shift * weight_squares - 2 * crossed)
     errors = np.sqrt(np.maximum(squares, 0.0, out=squares) / (n * (n - 1)))

@@ -27,6 +27,7 @@ import yaml
 from harness import card, convert, model_card, sources
 from harness.audit import audit_json, audit_text, audit_text_view
 from harness.config import PolicyConfig, TextConfig, folder_name, is_folder_name
+from harness.drawing import Picture
 from harness.engine import gguf_file
 from harness.errors import UserError
 from harness.ggml_types import FILE_TYPES, GGML_TYPES
@@ -35,7 +36,7 @@ from harness.header import GgufInfo
 from harness.hub import _first_part, chosen_gguf
 from harness.imatrix import read_imatrix
 from harness.passes import layers_path, read_layers, read_speed
-from harness.pictures import Picture, pictures
+from harness.pictures import pictures
 from harness.plan import expert_count, gqa_factor, make_plan, reference_plan
 from harness.plan_view import plan_json, plan_text
 from harness.policy import parse_rules
@@ -44,7 +45,8 @@ from harness.prompts import read_text
 from harness.provenance import with_provenance
 from harness.recipes import recipe_text
 from harness.record import all_records, read_record, record_path
-from harness.report import Results, load_results, write_full_report
+from harness.report import write_full_report
+from harness.results import Results, load_results
 from harness.store import sha256_file
 from tests.test_gguf_check import file as gguf_bytes
 from tests.test_gguf_check import text as gguf_string

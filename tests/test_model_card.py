@@ -22,7 +22,7 @@ from harness.errors import UserError
 from harness.model_card import Settings, find_blocks, new_card, update_card
 from harness.passes import SpeedPass, Timing, write_speed
 from harness.record import SCHEMA_VERSION, read_record, record_path, write_record
-from harness.report import Results, load_results
+from harness.results import Results, load_results
 from harness.tables import TABLE_COLUMNS
 
 Cli = Callable[..., tuple[int, str, str]]

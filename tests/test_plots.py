@@ -12,10 +12,12 @@ import pytest
 from matplotlib.figure import Figure
 from test_report import BASE, MIB, put, put_real, put_real_reference, put_reference
 
+from harness import shown
+from harness.drawing import Picture
 from harness.ggml_types import FILE_TYPES
 from harness.page import page
 from harness.passes import SpeedPass, Timing, write_layers, write_speed
-from harness.pictures import Picture, pictures
+from harness.pictures import pictures
 from harness.plot_frames import (
     KLD_FLOOR,
     board_points,
@@ -30,7 +32,8 @@ from harness.plot_frames import (
 )
 from harness.plots import new_figure, styles
 from harness.record import Record, read_record, read_records
-from harness.report import QUICK, Results, load_results, write_full_report, write_report
+from harness.report import QUICK, write_full_report, write_report
+from harness.results import Results, load_results
 
 QUANTS = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_s", "q4_k_m", "q8_0")
 ALL = {"tradeoff", "kld", "delta", "speed", "types", "types_2", "layers", "kld_distribution", "position"}
@@ -314,6 +317,8 @@ def test_types_by_hand(tmp_path: Path) -> None:
     assert types[types.role == "token_embd"].layer.isna().all()
     assert set(types_frame([standard, placebo]).name) == {"iq2_s-placebo+dynamicgate"}
     assert types_frame([standard, same]).empty
+    assert shown.of_types([standard, placebo, gate, same]) == [gate], "what was chosen goes to another process"
+    assert types_frame([gate]).equals(types)
 
 
 def test_quantiles_by_hand(tmp_path: Path) -> None:
@@ -348,6 +353,9 @@ def test_positions_of_many_windows_and_variants(tmp_path: Path) -> None:
     for i, quant in enumerate(QUANTS):
         own = np.random.default_rng(i).normal(0, 0.1, base.shape)
         put(tmp_path, quant, "standard", nll=base + i + own - own.mean())
+    chosen = shown.of_positions(read_records(tmp_path), most=4)
+    assert len(chosen) == 5 and shown.of_positions(chosen, most=4) == chosen
+    assert position_frame(chosen).equals(position_frame(read_records(tmp_path), most=4))
     rows = position_frame(read_records(tmp_path), most=4)
     assert rows["quant"].tolist() == ["iq1_s", "iq1_m", "q4_k_m", "q8_0"], "the two best and the two worst, best first"
     assert rows.delta_nll.tolist() == pytest.approx([0.0, 1.0, 8.0, 9.0], abs=1e-12)

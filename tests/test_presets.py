@@ -26,7 +26,7 @@ from harness.ggml_types import ABORTS_WITHOUT_IMATRIX, FILE_TYPES, GGML_TYPES
 from harness.header import TensorInfo
 from harness.mixture import Mixture, plain_file_type, plain_overrides, standard_mixture, type_changes
 from harness.record import Record, read_records
-from harness.report import load_results
+from harness.results import load_results
 
 Cli = Callable[..., tuple[int, str, str]]
 CONF = Path(__file__).parent.parent / "conf"

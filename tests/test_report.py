@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import checks, report
+from harness import checks
 from harness.compare import Measured, dominators
+from harness.compare_view import comparison_text
 from harness.errors import UserError
 from harness.passes import SpeedPass, Timing, write_speed
 from harness.pictures import Picture
@@ -33,7 +34,8 @@ from harness.record import (
     record_path,
     write_record,
 )
-from harness.report import Report, comparison_text, load_results, write_full_report, write_report
+from harness.report import Report, write_full_report, write_report
+from harness.results import load_results
 from harness.stats import MIN_BLOCKS, holm, mean_interval
 from harness.store import key_of
 from harness.tables import percent, plus_minus, seconds, size
@@ -1425,8 +1427,17 @@ def test_a_report_leaves_nothing_else_and_can_be_made_again(tmp_path: Path) -> N
     assert {path: path.read_bytes() for path in first.paths} == contents
 
 
-def test_a_report_needs_no_engine() -> None:
-    code = "import sys, harness.report; sys.exit(any(m.split('.')[0] in ('llama_cpp', 'hydra') for m in sys.modules))"
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("harness.report, harness.report_tables, harness.depth_plots", ("llama_cpp", "hydra")),
+        ("harness.report", ("pandas", "matplotlib")),  # while they are loaded, another process draws already
+    ],
+)
+def test_a_report_needs_no_engine_and_reads_records_before_it_loads_pandas(
+    modules: str, absent: tuple[str, ...]
+) -> None:
+    code = f"import sys, {modules}; sys.exit(any(one.split('.')[0] in {absent} for one in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -1599,5 +1610,5 @@ def test_a_case_is_compared_with_the_placebo_of_its_own_policy(tmp_path: Path) -
     ):
         nll = COMMON + loss + rng.normal(0, 0.05, COMMON.shape)
         put(tmp_path, "iq1_m", mode, policy, nll=nll, top=TOP, kld=np.full(COMMON.shape, 0.2))
-    told = report.load_results([tmp_path]).runs.set_index("name").vs_placebo.dropna().to_dict()
+    told = load_results([tmp_path]).runs.set_index("name").vs_placebo.dropna().to_dict()
     assert told == {"iq1_m-dynamicgate": "wins", "iq1_m-dynamicgate+mine": "loses"}
