@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -177,6 +178,8 @@ def launch(
         same, numbers, stopped = _assignments(request), iter(range(n_jobs)), Event()
 
         def wait_for_jobs() -> None:
+            if hasattr(signal, "pthread_sigmask"):  # Ctrl-C is for this process; what it starts here ends with it
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             for i in numbers:
                 if not stopped.is_set():
                     ended.put((i, _launched(context, config, work, [*same, f"job={i}"])))

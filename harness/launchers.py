@@ -1,6 +1,7 @@
 """What Hydra's launchers need before work is given to them: that they are there, reachable, and have the room."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -117,14 +118,16 @@ def _require_accepted(settings: Mapping[str, Any]) -> None:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"SLURM does not answer: `sbatch --test-only` took more than {_SBATCH_S:.0f} s") from error
     if done.returncode:
-        raise _refused_by_slurm(done.stderr, asked=" ".join(given))
+        raise _refused_by_slurm(done.stderr, " ".join(given))
 
 
-def _refused_by_slurm(said: str, asked: str = "") -> UserError:
+def _refused_by_slurm(said: str, asked: str) -> UserError:
     """What sbatch said, in one line."""
-    lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in said.splitlines()]
+    lines = [re.sub(r"^sbatch: (error: |fatal: )?", "", line).strip() for line in said.splitlines()]
     reasons = "; ".join(line for line in lines if line) or "no reason given"
-    return UserError(f"SLURM refuses a job{asked and f' of {asked}'} ({reasons}): change hydra.launcher.SETTING")
+    if any(words in said.lower() for words in ("configuration source", "slurm controller", "socket timed out")):
+        return UserError(f"SLURM does not answer on this machine ({reasons}): run the sweep where sbatch works")
+    return UserError(f"SLURM refuses a job of {asked} ({reasons}): change hydra.launcher.SETTING")
 
 
 def why_queued(queue: str) -> set[str]:

@@ -295,6 +295,17 @@ def test_a_job_that_slurm_would_refuse_is_refused_first(tmp_path: Path, monkeypa
     assert "--exclusive --wrap" in (tmp_path / "sbatch.said").read_text()
 
 
+def test_a_machine_without_a_queue_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch = tmp_path / "sbatch"
+    said = ["error: fetch_config: DNS SRV lookup failed", "fatal: Could not establish a configuration source"]
+    sbatch.write_text("#!/bin/sh\n" + "".join(f"echo 'sbatch: {line}' >&2\n" for line in said) + "exit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    why = r"^SLURM does not answer on this machine \(fetch_config: DNS .*; Could not establish a configuration source\): run"
+    with pytest.raises(UserError, match=why):
+        launchers.ready("submitit_slurm", ["hydra/launcher=submitit_slurm"], dict(REQUEST))
+
+
 def test_reasons_to_wait_that_others_do_not_end_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     squeue = tmp_path / "squeue"
     squeue.write_text("#!/bin/sh\nprintf 'Priority\\nPartitionTimeLimit\\nResources\\nPartitionTimeLimit\\n'\n")
