@@ -301,7 +301,7 @@ def test_a_machine_without_a_queue_is_told_as_that(tmp_path: Path, monkeypatch: 
     sbatch.write_text("#!/bin/sh\n" + "".join(f"echo 'sbatch: {line}' >&2\n" for line in said) + "exit 1\n")
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    why = r"^SLURM does not answer on this machine \(fetch_config: DNS .*; Could not establish a configuration source\): run"
+    why = r"^SLURM does not answer on this machine \(fetch_config: .*; Could not establish a configuration source\)"
     with pytest.raises(UserError, match=why):
         launchers.ready("submitit_slurm", ["hydra/launcher=submitit_slurm"], dict(REQUEST))
 
