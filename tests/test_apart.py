@@ -525,7 +525,7 @@ def test_a_sweep_whose_jobs_are_all_lost_says_so(
 def test_another_harness_is_refused_by_the_worker(
     crew: Callable[..., Any], sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(apart, "code_id", lambda: "0123456789ab")
+    monkeypatch.setattr("harness.jobs.code_id", lambda: "0123456789ab")
     with pytest.raises(UserError, match=r"it has harness .* and the sweep was started with .* \(0123456789ab\)"):
         crew(Cluster(0))
     assert not any(case.done for case in sweep.cases)
