@@ -145,7 +145,7 @@ class _Crew:
         """All of these jobs came back: let nobody find again what this machine's workers kept of them."""
         for config in self.configs:
             shutil.rmtree(self.sweep.cache.folder / APART / worker_folder(self.sweep, config, kind), ignore_errors=True)
-        errand_path(self.sweep, kind).unlink()
+        errand_path(self.sweep, kind).unlink(missing_ok=True)
 
     @contextmanager
     def _queue_watched(self) -> Iterator[None]:

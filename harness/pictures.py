@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from harness.results import Results
 
 _TYPES_A_PICTURE = 6  # quants
-_MANY_RECORDS = 100  # of fewer, the start of another process takes longer than the drawing
 
 
 def pictures(results: Results, only: Collection[str] | None = None) -> list[Picture]:
