@@ -214,7 +214,7 @@ def test_a_sweep_draws_the_quick_ones(tmp_path: Path) -> None:
 def test_other_processes_draw_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_sweep(tmp_path, 1)
     alone = write_full_report([tmp_path], tmp_path / "alone")
-    monkeypatch.setattr("harness.pictures._MANY_RECORDS", 1)
+    monkeypatch.setattr("harness.drawing._MANY_RECORDS", 1)
     together = write_full_report([tmp_path], tmp_path / "together")
     assert [path.name for path in together.paths] == [path.name for path in alone.paths]
     for one, other in zip(alone.paths, together.paths, strict=True):
