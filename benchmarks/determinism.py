@@ -5,6 +5,7 @@
 Each run has a cache and results of its own, so the imatrix is collected and every file quantized each time.
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -52,4 +53,6 @@ def main(threads: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(one) for one in sys.argv[1:]] or [2, 1, 3])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("threads", nargs="*", type=int, default=[2, 1, 3], metavar="THREADS")
+    main(parser.parse_args().threads)

@@ -3,6 +3,7 @@
 python benchmarks/kill_sweep.py [KILLS] [SEED]
 """
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -13,9 +14,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from killing import kill_sweeps  # noqa: E402
 
 if __name__ == "__main__":
-    kills, seed = (int(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((1, 200), (2, 0)))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("kills", nargs="?", type=int, default=200, metavar="KILLS")
+    parser.add_argument("seed", nargs="?", type=int, default=0, metavar="SEED")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kill-sweep-") as name:
-        seen = kill_sweeps(Path(name), kills, seed, lambda text: print(text, flush=True))
+        seen = kill_sweeps(Path(name), args.kills, args.seed, lambda text: print(text, flush=True))
     for what, times in sorted(seen.items()):
         print(f"{times:5} {what}")
     print("nothing lost, nothing left behind")

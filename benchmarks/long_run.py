@@ -8,6 +8,7 @@ medians of each tenth of the run, what the ETA said against what was left, the t
 same command again. In FOLDER, if one is given, an interrupted run goes on.
 """
 
+import argparse
 import re
 import statistics
 import subprocess
@@ -122,9 +123,12 @@ def seconds(text: str) -> float:
 
 
 if __name__ == "__main__":
-    cases = int(sys.argv[1]) if len(sys.argv) > 1 else 500
-    if len(sys.argv) > 2:
-        main(cases, Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("cases", nargs="?", type=int, default=500, metavar="CASES")
+    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER")
+    args = parser.parse_args()
+    if args.folder:
+        main(args.cases, args.folder)
     else:
         with tempfile.TemporaryDirectory(prefix="long-run-") as name:
-            main(cases, Path(name))
+            main(args.cases, Path(name))

@@ -6,6 +6,7 @@ The records are copies of a committed one (tensors, settings, machine) under oth
 random per-token values for 4 windows of the default prompt set. Half of them are standard files, half a policy's.
 """
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -62,4 +63,8 @@ def write_copies(folder: Path, reference: Record, model: Record, n_records: int)
 
 
 if __name__ == "__main__":
-    main(*(int(one) for one in sys.argv[1:3]), *(1000, 3)[len(sys.argv) - 1 :])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("records", nargs="?", type=int, default=1000, metavar="RECORDS")
+    parser.add_argument("rounds", nargs="?", type=int, default=3, metavar="ROUNDS")
+    args = parser.parse_args()
+    main(args.records, args.rounds)

@@ -23,7 +23,7 @@ from harness.recipes import short_entries
 from harness.record import Record
 from harness.results import Results
 from harness.summary import key_improvements, tradeoffs
-from harness.tables import Table, card_table, file_table, plus_minus, pure_notes, recommendation, size
+from harness.tables import Table, card_table, file_table, measured_rows, plus_minus, pure_notes, recommendation, size
 
 # The formats of the summary table that cards of GGUF files have -> quants that are such files.
 CARD_FORMATS = {
@@ -162,7 +162,7 @@ def files_block(offer: Offer) -> str:
     better = pd.Series([_named(one, offer) for one in runs.dominated_by], index=runs.index, dtype=object)
     named = runs.assign(name=runs.name.map(stems), dominated_by=better)
     return _paragraphs(
-        markdown(_escaped(file_table(named))),
+        markdown(_escaped(file_table(measured_rows(named)))),
         "bpw: bits per weight over all tensors. Mean KLD: KL divergence from the reference, in nats; lower is better. "
         + md(". ".join([_text_said(offer), *pure_notes(offer.runs)])),
         "\n".join(f"- {code(offer.file(record.name))}: {_types_text(record)}" for record in offer.variants),

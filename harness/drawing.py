@@ -87,7 +87,7 @@ def drawing(n_records: int, folder: Path, formats: Sequence[str]) -> Iterator[Dr
         yield draw_here
         return
     try:
-        with ProcessPoolExecutor(1, get_context("spawn"), _leave_interrupts) as pool:
+        with ProcessPoolExecutor(1, get_context(_start_method()), _leave_interrupts) as pool:
             with deaf_to_ctrl_c():  # the first one starts the process
                 begun = [pool.submit(_warm_up)]
 
@@ -103,6 +103,12 @@ def drawing(n_records: int, folder: Path, formats: Sequence[str]) -> Iterator[Dr
                 one.result()
     except BrokenProcessPool as error:
         raise EngineError("a process that draws died (the system may have run out of memory)") from error
+
+
+def _start_method() -> str:
+    """A copy of this process has half of its libraries already; only one with a single thread can be copied safely."""
+    threads = Path("/proc/self/task")
+    return "fork" if threads.is_dir() and len(list(threads.iterdir())) == 1 else "spawn"
 
 
 def _warm_up() -> None:

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from harness.drawing import drawing
+from harness.merge import merge_sweeps
 from harness.pictures import pictures, pictures_of_depth, pictures_of_files
 from harness.record import record_paths
-from harness.results import load_results
 
 QUICK = ("tradeoff", "delta", "layers")  # the pictures that every sweep draws
 
@@ -24,8 +24,9 @@ class Report:
 
 
 def write_report(folder: Path, wanted: Collection[str] = (), allow_different: Collection[str] = ()) -> Report:
-    """Tables and plots of all records in a sweep's folder, written beside them. Raises UserError as `load_results`."""
+    """Tables and plots of all records in a sweep's folder, written beside them. Raises UserError as `merge_sweeps`."""
     from harness.report_tables import Written, write_main_tables
+    from harness.results import load_results
 
     results = load_results([folder], wanted, allow_different)
     written = Written(folder)
@@ -50,16 +51,18 @@ def _no_collector() -> Iterator[None]:
 def write_full_report(folders: Sequence[Path], out: Path, allow_different: Collection[str] = ()) -> Report:
     """Every table in every format, the plots, and one page with all of it. For `python -m harness report`.
 
-    Without pyarrow there are no Parquet files, and the text says so. Raises UserError as `load_results`, EngineError
+    Without pyarrow there are no Parquet files, and the text says so. Raises UserError as `merge_sweeps`, EngineError
     when a process that draws dies.
     """
     n_records = sum(len(record_paths(folder)) for folder in folders)
     formats = ("png", "svg")
     with _no_collector(), drawing(n_records, out, formats) as draw:  # draws while figures and tables are made here
-        results = load_results(folders, allow_different=allow_different)
-        of_depth = draw(pictures_of_depth(results.measured))
+        merged = merge_sweeps(folders, allow_different=allow_different)
+        of_depth = draw(pictures_of_depth(merged.measured))
         from harness.report_tables import Written, write_page, write_tables  # pandas: half a second, so not before
+        from harness.results import Results
 
+        results = Results(**vars(merged))
         drawn = draw(pictures_of_files(results)) + of_depth
         written = Written(out)
         text = write_tables(results, written)

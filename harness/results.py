@@ -1,77 +1,68 @@
-"""What was read of one or several sweeps, and every data frame and table that a report or card shows of it.
-
-Data frames are made when first asked for, and pandas is loaded then: what needs records alone does not wait for it.
-"""
-
-from __future__ import annotations
+"""Every data frame and table that a report or card shows of what was read of one or several sweeps."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from harness import checks
-from harness.errors import UserError
-from harness.passes import SpeedPass, Timing, of_one_machine, read_speed
-from harness.record import Record, all_records, first_difference, in_order, newest
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from harness.tables import Table
+from harness.frames import attribution_frame, comparison_frame, measured_cases, runs_frame
+from harness.merge import Merged, merge_sweeps
+from harness.pass_frames import layers_frame, llama_bench, speed_frame
+from harness.passes import SpeedPass, Timing, of_one_machine
+from harness.record import Record, in_order
+from harness.tables import (
+    Row,
+    Table,
+    attribution_table,
+    board_table,
+    card_table,
+    case_table,
+    divergence_table,
+    file_table,
+    layer_table,
+    measured_rows,
+    pure_notes,
+    speed_table,
+)
 
 
 @dataclass(frozen=True)
-class Results:
-    """What was read of one or several sweeps, and everything that a report shows of it, as data frames, each made when
-    first asked for. records: in the order of the tables; measured: those that succeeded; seen: what reading told."""
-
-    records: tuple[Record, ...]
-    measured: tuple[Record, ...]
-    passes: tuple[SpeedPass, ...]
-    seen: tuple[checks.Finding, ...]
+class Results(Merged):
+    """What was read, and its data frames (`harness.frames`, `harness.pass_frames`), each made when first asked for: a
+    picture can be begun as soon as its own are there."""
 
     @cached_property
     def runs(self) -> pd.DataFrame:
-        """`runs_frame`."""
-        from harness.frames import runs_frame
-
+        """One row a case."""
         return runs_frame(self.records, self._timings)
 
     @cached_property
     def comparison(self) -> pd.DataFrame:
-        """`comparison_frame`."""
-        from harness.frames import comparison_frame
-
+        """One row for each quant and other mode."""
         return comparison_frame(self.runs, self.measured)
 
     @cached_property
     def attribution(self) -> pd.DataFrame:
-        """`attribution_frame`."""
-        from harness.frames import attribution_frame
-
+        """One row for each case that left rules of a policy out."""
         return attribution_frame(self.measured)
 
     @cached_property
     def speed(self) -> pd.DataFrame:
-        """`speed_frame`."""
-        from harness.pass_frames import speed_frame
-
+        """One row for each timed case."""
         return speed_frame(self.measured, self._timings)
 
     @cached_property
     def layers(self) -> pd.DataFrame:
-        """`layers_frame`."""
-        from harness.pass_frames import layers_frame
-
+        """One row for each case and layer."""
         return layers_frame(self.measured)
 
     @cached_property
     def bench(self) -> list[dict[str, Any]]:
-        """`llama_bench`."""
-        from harness.pass_frames import llama_bench
-
+        """The timed cases in llama-bench's JSON fields."""
         return llama_bench(self.measured, self.timed_passes)
 
     @cached_property
@@ -109,13 +100,11 @@ class Results:
     @cached_property
     def tables(self) -> dict[str, Table]:
         """The tables that have rows, by name."""
-        from harness.tables import attribution_table, card_table, case_table, layer_table, speed_table
-
         tables = {}
         parts = set(self.attribution.name) if len(self.attribution) else set()  # they have a table of their own
         if len(self.comparison):
             tables["card"] = card_table(self.comparison[~self.comparison.dg_name.isin(parts)])
-            tables["cases"] = case_table(self.runs[~self.runs.name.isin(parts)])
+            tables["cases"] = case_table([row for row in self._rows if row["name"] not in parts])
         if parts:
             tables["attribution"] = attribution_table(self.attribution)
         if len(self.speed):
@@ -128,19 +117,16 @@ class Results:
     @cached_property
     def more_tables(self) -> dict[str, Table]:
         """The same figures in the columns of others, for `report`."""
-        from harness.tables import board_table, divergence_table, file_table
-
-        tables = {
-            "board": board_table(self.runs),
-            "divergence": divergence_table(self.runs),
-            "files": file_table(self.runs),
-        }
+        makers = {"board": board_table, "divergence": divergence_table, "files": file_table}
+        tables = {name: make(self._rows) for name, make in makers.items()}
         return {name: self._noted(table, self.runs) for name, table in tables.items() if table.rows}
+
+    @cached_property
+    def _rows(self) -> list[Row]:
+        return measured_rows(self.runs)
 
     def _noted(self, table: Table, named: pd.DataFrame) -> Table:
         """With a note on the pure presets among the quants that it names."""
-        from harness.tables import pure_notes
-
         notes = pure_notes(self.runs[self.runs.quant.isin(named.quant)])
         return replace(table, notes=(*table.notes, *notes))
 
@@ -148,32 +134,8 @@ class Results:
 def load_results(
     folders: Sequence[Path], wanted: Collection[str] = (), allow_different: Collection[str] = ()
 ) -> Results:
-    """All records of one or several sweeps. Of two records with one name the one whose key is `wanted` counts, else
-    the newer.
-
-    Raises UserError when there is none, or they may not stand in one table.
-    """
-    read = [all_records(folder) for folder in folders]
-    problems = [problem for _, of_folder in read for problem in of_folder]
-    everything = newest((record for of_folder, _ in read for record in of_folder), wanted)
-    flaws = {record.path: record.flaw for record in everything}
-    problems += [f"{path}: {flaw}" for path, flaw in flaws.items() if flaw]
-    records = [record for record in everything if not flaws[record.path]]
-    if not records:
-        where = ", ".join(map(str, folders))
-        raise UserError(problems[0] if problems else f"{where} holds no records: run a sweep into it first")
-    measured = in_order(record for record in records if record.ok)
-    unlike = first_difference((record.data for record in measured), allow_different)
-    if unlike:
-        name, one, other = unlike
-        where = " and ".join(map(str, folders))
-        raise UserError(f"{where} holds records that differ in {name} ({one} and {other}): they make no one table")
-    passes = sorted((one for folder in folders for one in read_speed(folder)), key=lambda one: one.created_utc)
-    seen = (
-        *checks.mixed_findings([record.data for record in measured], allow_different),
-        *checks.unreadable_findings(problems),
-    )
-    return Results(tuple(in_order(records)), tuple(measured), tuple(passes), seen)
+    """Results of `merge_sweeps`, which says what it raises."""
+    return Results(**vars(merge_sweeps(folders, wanted, allow_different)))
 
 
 def collect_findings(
@@ -181,8 +143,6 @@ def collect_findings(
 ) -> dict[str, list[dict[str, Any]]]:
     """All findings by case: those in the records and those that show only when cases stand side by side. The key "all"
     has what concerns every case."""
-    from harness.frames import measured_cases
-
     records = {record.name: record.data for record in in_order(measured)}
     cases = {case.name: case for case in measured_cases(measured)}
     found = {name: list(data["findings"]) for name, data in records.items()}

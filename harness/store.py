@@ -110,7 +110,7 @@ def read_json(path: Path) -> Any:
         raise ValueError("it is no file")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"it has more than {MAX_JSON_BYTES >> 20} MiB")
-    text = path.read_text(encoding="utf-8")
+    text = path.read_bytes().decode()
     data = json.loads(text, parse_constant=_finite, parse_float=_finite)
     if _SURROGATE.search(text):
         json.dumps(data, ensure_ascii=False).encode()

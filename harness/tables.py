@@ -37,6 +37,9 @@ _SPEED_NOTES = {
 }
 
 
+Row = Mapping[Any, Any]  # of a data frame
+
+
 @dataclass(frozen=True)
 class Table:
     """A table as text: a title, the header, rows of as many cells, and sentences that belong under it."""
@@ -80,7 +83,13 @@ def pure_notes(runs: pd.DataFrame) -> tuple[str, ...]:
     )
 
 
-def case_table(runs: pd.DataFrame) -> Table:
+def measured_rows(runs: pd.DataFrame) -> list[Row]:
+    """The rows of measured cases, absent numbers as None."""
+    good = runs[runs.status == "ok"]
+    return good.astype(object).where(good.notna(), None).to_dict("records")  # type: ignore[return-value]
+
+
+def case_table(measured: Sequence[Row]) -> Table:
     """Every case by itself: size, perplexity, divergence, and how it stands at equal size."""
     rows: list[tuple[str, ...]] = [
         (
@@ -93,15 +102,15 @@ def case_table(runs: pd.DataFrame) -> Table:
             _verdict_cell(row),
             row["vs_placebo"] or _ABSENT,
         )
-        for row in _good(runs)
+        for row in measured
     ]
     return Table("Every file by itself", CASE_COLUMNS, rows)
 
 
-def board_table(runs: pd.DataFrame) -> Table:
+def board_table(measured: Sequence[Row]) -> Table:
     """The columns of the board in llama-perplexity's documentation, sorted by KLD; ± one standard error."""
     rows: list[tuple[str, ...]] = []
-    for row in _good(runs[runs["mode"] != "reference"].sort_values("kld_mean", na_position="last")):
+    for row in sorted(_variants(measured), key=lambda row: math.inf if row["kld_mean"] is None else row["kld_mean"]):
         rows.append(
             (
                 row["name"],
@@ -116,10 +125,10 @@ def board_table(runs: pd.DataFrame) -> Table:
     return Table("Sorted by KL divergence", BOARD_COLUMNS, rows)
 
 
-def divergence_table(runs: pd.DataFrame) -> Table:
+def divergence_table(measured: Sequence[Row]) -> Table:
     """Medians and tails of the KL divergence, the columns that Artefact2's comparisons use."""
     rows: list[tuple[str, ...]] = []
-    for row in _good(runs[runs["mode"] != "reference"]):
+    for row in _variants(measured):
         values = (row["kld_median"], row["kld_p99"], row["ln_ppl_ratio_vs_reference"])
         median, tail, ratio = (_ABSENT if _is_absent(value) else f"{value:.4f}" for value in values)
         other = _ABSENT if _is_absent(row["same_top"]) else f"{100 * (1 - row['same_top']):.1f}%"
@@ -127,10 +136,10 @@ def divergence_table(runs: pd.DataFrame) -> Table:
     return Table("Tails of the KL divergence", DIVERGENCE_COLUMNS, rows)
 
 
-def file_table(runs: pd.DataFrame) -> Table:
+def file_table(measured: Sequence[Row]) -> Table:
     """Which file to take, the largest first."""
     rows: list[tuple[str, ...]] = []
-    for row in _good(runs[runs["mode"] != "reference"].sort_values("file_bytes", ascending=False)):
+    for row in sorted(_variants(measured), key=lambda row: row["file_bytes"], reverse=True):
         mode = mode_label(row["mode"], row["policy"])
         rows.append(
             (
@@ -150,7 +159,7 @@ def file_table(runs: pd.DataFrame) -> Table:
 _LEVELS = ((0.01, "hard to tell from the reference"), (0.05, "small loss"), (0.2, "loss that shows"))
 
 
-def recommendation(row: Mapping[Any, Any]) -> str:
+def recommendation(row: Row) -> str:
     """What the measured figures say for a file: another one to take instead, or how much it loses."""
     if isinstance(row["dominated_by"], str):
         return f"take {row['dominated_by']}: no larger, and better"
@@ -161,10 +170,8 @@ def recommendation(row: Mapping[Any, Any]) -> str:
     )
 
 
-def _good(runs: pd.DataFrame) -> list[dict[Any, Any]]:
-    """Measured rows, absent numbers as None."""
-    good = runs[runs.status == "ok"]
-    return good.astype(object).where(good.notna(), None).to_dict("records")
+def _variants(measured: Sequence[Row]) -> list[Row]:
+    return [row for row in measured if row["mode"] != "reference"]
 
 
 def _signed_error(value: float | None, se: float | None, unit: str, *, sign: bool = True) -> str:
@@ -177,7 +184,7 @@ def _between(value: float, low: float | None, high: float | None) -> str:
     return f"{value:+.4f}" + ("" if _is_absent(low) or _is_absent(high) else f" [{low:+.4f}, {high:+.4f}]")
 
 
-def _verdict_cell(row: Mapping[Any, Any]) -> str:
+def _verdict_cell(row: Row) -> str:
     if row["verdict"]:
         change = percent_change(row["equal_size_ln_ppl"])
         return f"{row['verdict']} ({change:+.1f}%)"
@@ -273,7 +280,7 @@ def llama_bench_table(tests: Sequence[Mapping[str, Any]]) -> Table:
     return Table("llama-bench", header, rows)
 
 
-def _quant_label(row: Mapping[Any, Any]) -> str:
+def _quant_label(row: Row) -> str:
     label = row["quant"].upper()
     plain = not isinstance(row["policy"], str) or row["policy"] == row["mode"] == "dynamicgate"
     return label if plain else f"{label} ({row['policy'] if row['mode'] == 'dynamicgate' else row['mode']})"

@@ -1,6 +1,7 @@
 """The pure parts of the benchmarks, on lines that llama.cpp's tools really printed and sums that were done by hand."""
 
 import io
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -135,3 +136,14 @@ def test_archives_write_nothing_outside(tmp_path: Path, name: str) -> None:
         llama_tools.unpack_llama_cpp(sdist, tmp_path / "deep" / "er" / "target")
     assert not list(tmp_path.rglob("x"))
     assert {path.name for path in (tmp_path / "deep").rglob("*") if path.is_file()} == {"CMakeLists.txt"}
+
+
+FOLDER = Path(common.__file__).parent
+SCRIPTS = [path for path in sorted(FOLDER.glob("*.py")) if "ArgumentParser" in path.read_text()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_benchmark_says_what_it_takes(script: Path) -> None:
+    told = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
+    assert told.stdout.startswith(f"usage: {script.name}")
+    assert not told.stderr

@@ -18,7 +18,7 @@ from harness import metrics
 from harness.formats import html_table, latex, markdown
 from harness.page import page
 from harness.summary import key_improvements, tradeoffs
-from harness.tables import Table, board_table, card_table, file_table, recommendation
+from harness.tables import Table, board_table, card_table, file_table, measured_rows, recommendation
 
 Cli = Callable[..., tuple[int, str, str]]
 GIB = 1 << 30
@@ -122,13 +122,13 @@ def test_the_board_is_sorted_by_kld_and_the_files_by_size() -> None:
         run_row(name="b-standard", file_bytes=GIB),
         run_row(name="reference", mode="reference"),
     ]
-    board = board_table(pd.DataFrame(rows))
+    board = board_table(measured_rows(pd.DataFrame(rows)))
     assert [row[0] for row in board.rows] == ["b-standard", "a"]
     assert board.rows[0] == (
         *("b-standard", "1.000 GiB", "8.000000 ± 0.100000", "+1.000000 ± 0.010000", "0.030000 ± 0.001000"),
         *("-0.500000 ± 0.010000 %", "5.000000 ± 0.050000 %"),
     )
-    files = file_table(pd.DataFrame(rows)).rows
+    files = file_table(measured_rows(pd.DataFrame(rows))).rows
     assert [row[:2] for row in files] == [("a.gguf", "IQ1_M + dynamicgate+mine"), ("b-standard.gguf", "IQ1_M")]
 
 
