@@ -244,7 +244,7 @@ def _sweep(overrides: list[str]) -> int:
     failures: list[str] = []
     # Everything is checked for every group of inputs before the first of them is measured.
     for group, sweep in zip(groups, sweeps, strict=True):
-        console.print(f"{sweep.reference.name} -> {sweep.folder}", highlight=False, markup=False)
+        console.print(f"{sweep.reference.name} -> {sweep.folder}", highlight=False, markup=False, soft_wrap=True)
         console.print(sweep_summary(sweep), highlight=False, markup=False)
         with ProgressDisplay(console, sweep.estimate_s) as display:
             failures += run_apart(sweep, group, of_launcher, display)

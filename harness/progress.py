@@ -58,7 +58,7 @@ class ProgressDisplay:
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _left(self, done_of_step_s: float) -> str:
         done = self._done_s + done_of_step_s

@@ -128,7 +128,10 @@ def nll_of(made: Made, path: Path, *, is_reference: bool = False) -> np.ndarray:
         flash_attention=True,
         n_threads=1,
     )
-    assert is_reference or (scores.kld is not None and scores.kld.mean() > 0)
+    if not is_reference:
+        # Where no type fits, all matrices fall back to F16: the same model but for rounding, which has either sign.
+        rounding_alone = made.expected.embeddings == "f16"
+        assert scores.kld is not None and scores.kld.mean() > (-1e-6 if rounding_alone else 1e-6)
     return scores.nll
 
 
