@@ -54,7 +54,6 @@ class Inputs:
     windows: tuple[int, int]
     calibration_windows: tuple[int, int]
     n_threads: int
-    ubatch_tokens: int
     flash_attention: bool
     share: float
     environment: dict[str, Any]
@@ -95,7 +94,6 @@ def resolve(overrides: list[str]) -> Inputs:
         windows=(config.prompts.n_windows, config.prompts.window_tokens),
         calibration_windows=(config.calibration.n_windows, config.calibration.window_tokens),
         n_threads=sweep.n_threads,
-        ubatch_tokens=config.measure.ubatch_tokens,
         flash_attention=config.measure.flash_attention,
         share=common.unique_share([case.plan for case in sweep.cases], sweep.source_types),
         environment=environment({**facts, "cpu_features": cpu_features(facts["system_info"])}),
@@ -173,7 +171,7 @@ def llama_steps(inputs: Inputs, tools: Path, work: Path) -> Iterator[Step]:
     yield step("imatrix", "", imatrix, [])
 
     n, size = inputs.windows
-    perplexity = [tools / "llama-perplexity", *threads, "-c", size, "-b", size, "-ub", inputs.ubatch_tokens]
+    perplexity = [tools / "llama-perplexity", *threads, "-c", size, "-b", size]  # its own micro-batch, 512
     perplexity += ["--chunks", n, "--kl-divergence-base", work / "logits.bin"]
     reference = [*perplexity, "-m", inputs.reference, "-f", inputs.prompts]
     yield step("reference", "reference", reference, ["ppl"])

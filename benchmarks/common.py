@@ -223,14 +223,13 @@ def compared(ours: Sequence[Usage], theirs: Sequence[Usage]) -> tuple[str, ...]:
 
 def unique_share(plans: Sequence["Plan"], source_types: Mapping[str, str]) -> float:
     """Share of the estimated seconds of quantizing that is left when each tensor is quantized once into each type."""
-    from harness.cost import tensor_s
-    from harness.work import kept_tensors
+    from harness.work import quantizing_s
 
-    total_s = sum(tensor_s(t.type, t.n_weights, 1) for plan in plans for t in plan.quantizable)
-    kept = [kept_tensors(plan, source_types) for plan in plans]
-    often_s = sum(tensor_s(t.type, t.n_weights, 1) for one in kept for t in one.values())
-    once_s = sum(tensor_s(t.type, t.n_weights, 1) for t in {k: t for one in kept for k, t in one.items()}.values())
-    return (total_s - often_s + once_s) / total_s
+    named = {str(i): plan for i, plan in enumerate(plans)}
+    once_s, often_s = (
+        sum(quantizing_s(named, source_types, (), 1, keeps_tensors=keeps).values()) for keeps in (True, False)
+    )
+    return once_s / often_s
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> None:

@@ -119,6 +119,7 @@ def _run_row(record: Record, reference: dict[str, np.ndarray] | None) -> dict[st
     row["pass_s"] = pass_s
     row["n_tokens"] = prompt_set["n_windows"] * prompt_set["window_tokens"]
     row["tokens_per_s"] = row["n_tokens"] / pass_s if pass_s else None
+    row["windows_at_once"] = field(data, "timings.windows_at_once")
     row["load_s"] = field(data, "timings.load_s")
     row["quantize_s"] = field(data, "timings.quantize_s")
     row["peak_rss_bytes"] = data.get("peak_rss_bytes")
@@ -191,10 +192,11 @@ def _interval_columns(prefix: str, interval: Interval | None) -> dict[str, float
 
 
 def _speed_from(good: pd.DataFrame) -> str | None:
-    """Where the seconds of the comparison come from. None: nowhere, seconds of several machines stand in no column."""
+    """Where the seconds of the comparison come from. None: nowhere, as seconds of several machines, or of other numbers
+    of windows at once, stand in no column."""
     if good.speed_pass.notna().any():
         return TIMED
-    return SCORED if good.machine.nunique(dropna=False) <= 1 else None
+    return SCORED if len(good[["machine", "windows_at_once"]].drop_duplicates()) <= 1 else None
 
 
 def _pair_row(

@@ -18,6 +18,7 @@ from harness.paths import user_path
 from harness.record import RECORDS
 from harness.store import key_of, write_atomic, write_text
 from harness.sweep import Case, Sweep
+from harness.waves import windows_at_once
 from harness.worker import WINDOWS, code_id
 
 
@@ -127,7 +128,9 @@ def request_of(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> dict[str, Any
     """What a job takes, for conf/launch.yaml: the most that any of them does. folder: for the launcher's own files."""
     rows = sweep.prompts.tokens.shape[1] - sweep.first_scored
     memory_bytes = cost.scoring_bytes(
-        max(case.plan.file_bytes for case in sweep.cases), rows * sweep.reference.vocab_size
+        max(case.plan.file_bytes for case in sweep.cases),
+        rows * sweep.reference.vocab_size,
+        windows_at_once(len(sweep.prompts.tokens), sweep.n_threads),
     )
     return {
         "cpus": sweep.n_threads,

@@ -3,7 +3,8 @@
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from harness.kld_reference import (
     reference_bytes,
 )
 from harness.store import Cache, read_npz, write_atomic, write_npz
+from harness.waves import in_waves, threads_of, windows_at_once
 
 _BROKEN_NLL = 700.0  # exp of it is close to the largest float64
 
@@ -36,15 +38,17 @@ _BROKEN_NLL = 700.0  # exp of it is close to the largest float64
 @dataclass(frozen=True)
 class Scores:
     """Per-token values, [n_windows, n_scored] each: nll float64, nats; top int32, the likeliest token; kld float64,
-    nats (None for the reference). decode_s, pass_s: float64 [n_windows], seconds in llama_decode and of the whole pass.
-    machines: names of those that scored, sorted. load_s: seconds to load the model, None where every window was there
-    already. peak_rss_bytes: None also where the system does not tell."""
+    nats (None for the reference). decode_s, pass_s: float64 [n_windows], seconds in llama_decode and of the whole pass,
+    divided by the number of windows that ran at once; windows_at_once: the largest of these numbers. machines: names of
+    those that scored, sorted. load_s: seconds to load the model, None where every window was there already.
+    peak_rss_bytes: None also where the system does not tell."""
 
     nll: np.ndarray
     top: np.ndarray
     kld: np.ndarray | None
     decode_s: np.ndarray
     pass_s: np.ndarray
+    windows_at_once: int
     machines: tuple[str, ...] = ()
     load_s: float | None = None
     peak_rss_bytes: int | None = None
@@ -75,60 +79,70 @@ def score(
 ) -> Scores:
     """Per-token values of the targets first_scored .. n-1 of each window.
 
-    windows: int32 [n_windows, n]; `only` tells which of them are scored, all by default. Each finished window is stored
-    in `window_folder`, and a window that is already there is not measured again. The reference writes its probabilities
-    to `probability_folder` (in `cache`), a file a window, in a `form` of `harness.kld_reference`; the variants read
-    them there, and hidden states with the output weights in the file `reference_path`. Raises EngineError on a model
-    that gives no sensible probabilities, UserError where hidden states do not give the logits and the disk has no room
-    for those.
+    windows: int32 [n_windows, n]; `only` tells which of them are scored, all by default; several run at once, see
+    `harness.waves`. Each finished window is stored in `window_folder`, and a window that is already there is not
+    measured again. The reference writes its probabilities to `probability_folder` (in `cache`), a file a window, in a
+    `form` of `harness.kld_reference`; the variants read them there, and hidden states with the output weights in the
+    file `reference_path`. Raises EngineError on a model that gives no sensible probabilities, UserError where hidden
+    states do not give the logits and the disk has no room for those.
     """
+    from threadpoolctl import threadpool_limits
+
     from harness.engine import model as engine
     from harness.engine.output import OutputTap, output_weights
-    from harness.reference import require_disk
 
     n = windows.shape[1]
-    indices = range(len(windows)) if only is None else only
+    indices = tuple(range(len(windows)) if only is None else only)
     # The logits at position i predict token i + 1; nothing is predicted from the last position.
     wanted = np.zeros(n, bool)
     wanted[first_scored - 1 : n - 1] = True
     n_scored = n - first_scored
-    first_path = probability_path(probability_folder, 0)
     weights = output_weights(reference_path) if form == HIDDEN and reference_path else None
-    tap = OutputTap() if is_reference and kept_form(cache, first_path, form) == HIDDEN else None
+    kept = KeptReference(cache, probability_folder, form, weights)
+    taps_states = is_reference and kept.form_of(0) == HIDDEN
+    # What the first window tells of hidden states decides for the others.
+    groups = (indices[:1], indices[1:]) if taps_states else (indices,)
+    at_most = max(windows_at_once(len(group), n_threads) for group in groups)
+    contexts: list[tuple[Any, OutputTap | None]] = []
+
+    def score_one(slot: int, i: int, at_once: int) -> None:
+        path = window_path(window_folder, i)
+        if _read_window(path, n_scored) is not None and not (is_reference and not kept.holds(i)):
+            return
+        context, tap = contexts[slot]
+        engine.use_threads(context, threads_of(n_threads, at_once))
+        decode = partial(engine.decode_window, context, windows[i], wanted, vocab_size, ubatch_tokens)
+        if is_reference:
+            values = kept.keep(
+                i, windows[i], decode, tap, reference_bytes((len(windows) - 1) * n_scored, vocab_size, 0)
+            )
+        else:
+            values = kept.compare(i, windows[i], decode, vocab_size)
+        shared = {name: values[name] / at_once for name in ("decode_s", "pass_s")}
+        write_npz(path, **values | shared, at_once=at_once, machine=platform.node())
+
     begin = time.perf_counter()
-    with engine.open_model(model_path, check_weights=is_reference) as model:
+    with ExitStack() as opened:
+        model = opened.enter_context(engine.open_model(model_path, check_weights=is_reference))
         load_s = time.perf_counter() - begin
         vocab_size = engine.n_vocab(model)
-        with engine.open_context(
-            model,
-            n_ctx=n,
-            ubatch_tokens=ubatch_tokens,
-            flash_attention=flash_attention,
-            n_threads=n_threads,
-            eval_callback=tap.on_tensor if tap else None,
-        ) as context:
-            engine.warm_up(context)
-            for n_done, i in enumerate(indices, 1):
-                window = windows[i]
-                path, rows_path = window_path(window_folder, i), probability_path(probability_folder, i)
-                values: dict[str, Any] | None = _read_window(path, n_scored)
-                if values is None or (is_reference and not cache.holds(rows_path)):
-                    decode = partial(engine.decode_window, context, window, wanted, vocab_size, ubatch_tokens)
-                    if is_reference:
-                        planned = kept_form(cache, first_path, form)
-                        hidden = HiddenSource(tap, weights, check=i == 0) if tap and planned == HIDDEN else None
-                        values, here, kld = _score_reference(decode, window, rows_path, planned, hidden)
-                        if here != planned:
-                            n_bytes = reference_bytes((len(windows) - 1) * n_scored, vocab_size, 0)[here]
-                            require_disk(cache.folder, n_bytes, LABELS[here])
-                        cache.seal(rows_path, hidden_facts(here, kld) if form == HIDDEN else None)
-                    elif not cache.holds(rows_path):
-                        raise EngineError(f"{rows_path} is gone or was changed")
-                    else:
-                        with rows_path.open("rb") as file:
-                            rows = open_rows(file, kept_form(cache, rows_path, form), vocab_size, weights)
-                            values = _score_window(decode(), window, rows)
-                    write_npz(path, **values, machine=platform.node())
+        opened.enter_context(threadpool_limits(threads_of(n_threads, at_most), user_api="blas"))
+        for _ in range(at_most):
+            tap = OutputTap() if taps_states else None
+            context = engine.open_context(
+                model,
+                n_ctx=n,
+                ubatch_tokens=ubatch_tokens,
+                flash_attention=flash_attention,
+                n_threads=threads_of(n_threads, at_most),
+                eval_callback=tap.on_tensor if tap else None,
+            )
+            contexts.append((opened.enter_context(context), tap))
+            engine.warm_up(contexts[-1][0])
+        n_done = 0
+        for group in groups:
+            for _ in in_waves(group, n_threads, score_one):
+                n_done += 1
                 if on_progress:
                     on_progress(n_done / len(indices))
     scores = stored_scores(window_folder, indices, n_scored)
@@ -145,13 +159,21 @@ def stored_scores(window_folder: Path, indices: Sequence[int], n_scored: int) ->
         return None
     stacked = {name: np.stack([values[name] for values in measured]) for name in measured[0]}
     machines = tuple(sorted(set(map(str, stacked["machine"].tolist()))))
-    return Scores(stacked["nll"], stacked["top"], stacked.get("kld"), stacked["decode_s"], stacked["pass_s"], machines)
+    return Scores(
+        stacked["nll"],
+        stacked["top"],
+        stacked.get("kld"),
+        stacked["decode_s"],
+        stacked["pass_s"],
+        int(stacked["at_once"].max()),
+        machines,
+    )
 
 
 def _read_window(path: Path, n_scored: int) -> dict[str, np.ndarray] | None:
     """Stored values of one window; None when there are none, or no whole ones."""
     values = read_npz(path)
-    whole = values is not None and {"nll", "top", "decode_s", "pass_s", "machine"} <= set(values)
+    whole = values is not None and {"nll", "top", "decode_s", "pass_s", "at_once", "machine"} <= set(values)
     return values if values is not None and whole and values["nll"].shape == (n_scored,) else None
 
 
@@ -184,6 +206,7 @@ def peak_rss_bytes() -> int | None:
 
 
 Batches = Iterable[tuple[int, np.ndarray, float]]  # first position, logits, seconds in llama_decode
+Decode = Callable[[], Batches]
 
 
 class StateTap(Protocol):
@@ -203,8 +226,53 @@ class HiddenSource(NamedTuple):
     check: bool
 
 
+@dataclass(frozen=True)
+class KeptReference:
+    """What is kept of the reference for the KLD, a file a window in `folder` (of `cache`), in a form of
+    `harness.kld_reference`. weights: the reference's own, for hidden states."""
+
+    cache: Cache
+    folder: Path
+    form: str
+    weights: OutputWeights | None
+
+    def holds(self, i: int) -> bool:
+        """Whether window i is there, and whole."""
+        return self.cache.holds(probability_path(self.folder, i))
+
+    def form_of(self, i: int) -> str:
+        """The form that window i has, or will have."""
+        return kept_form(self.cache, probability_path(self.folder, i), self.form)
+
+    def compare(self, i: int, window: np.ndarray, decode: Decode, vocab_size: int) -> dict[str, Any]:
+        """Values of window i of a variant. Raises EngineError where the reference's are gone."""
+        path = probability_path(self.folder, i)
+        if not self.holds(i):
+            raise EngineError(f"{path} is gone or was changed")
+        with path.open("rb") as file:
+            return _score_window(decode(), window, open_rows(file, self.form_of(i), vocab_size, self.weights))
+
+    def keep(
+        self, i: int, window: np.ndarray, decode: Decode, tap: StateTap | None, others_bytes: Mapping[str, int]
+    ) -> dict[str, Any]:
+        """Values of window i of the reference, which is kept. Hidden states that do not give the logits in the first
+        window are replaced by 16 bits a logit, in all of them. others_bytes: what the other windows take in each form.
+        Raises UserError where the disk has no room for them then."""
+        from harness.reference import require_disk
+
+        path, planned = probability_path(self.folder, i), self.form_of(0)
+        if tap:
+            tap.on = planned == HIDDEN
+        hidden = HiddenSource(tap, self.weights, check=i == 0) if tap and tap.on else None
+        values, form, kld = _score_reference(decode, window, path, planned, hidden)
+        if form != planned:
+            require_disk(self.cache.folder, others_bytes[form], LABELS[form])
+        self.cache.seal(path, hidden_facts(form, kld) if self.form == HIDDEN else None)
+        return values
+
+
 def _score_reference(
-    decode: Callable[[], Batches], window: np.ndarray, target: Path, form: str, hidden: HiddenSource | None
+    decode: Decode, window: np.ndarray, target: Path, form: str, hidden: HiddenSource | None
 ) -> tuple[dict[str, Any], str, float | None]:
     """Values of one window of the reference, which is kept in `target`; the form it has there; and where hidden states
     are checked, the mean KL(reference || recomputed) in nats. Hidden states that fail are replaced by 16 bits a logit.

@@ -153,6 +153,7 @@ _FIELDS: dict[str, tuple[Check, str]] = {
     **dict.fromkeys(("settings.first_scored", "settings.ubatch_tokens"), (is_positive, "sensible number")),
     **dict.fromkeys(("variant.bpw", "variant.fallback_share"), (is_number, "sensible number")),
     **dict.fromkeys(("timings.pass_s", "timings.load_s", "timings.quantize_s"), (_or_absent(is_number), "number")),
+    "timings.windows_at_once": (_or_absent(is_positive), "sensible number"),
     "peak_rss_bytes": (_or_absent(_is_count), "sensible number"),
     "settings.flash_attention": (lambda value: value is _Absent or isinstance(value, bool), "true or false"),
     "variant.tensors": (_is_tensors, "list of types by tensor"),

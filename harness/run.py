@@ -154,6 +154,7 @@ def _measure(
     timings = {
         "quantize_s": made.get("quantize_s"),
         "load_s": scores.load_s,
+        "windows_at_once": scores.windows_at_once,
         "pass_s": float(scores.pass_s.sum()) if len(scores.machines) == 1 else None,
         "window_pass_s": scores.pass_s.tolist(),
         "window_decode_s": scores.decode_s.tolist(),

@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -24,6 +25,7 @@ from harness.errors import UserError
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 LEASE_S = 60.0  # without a sign of life for that long, the owner of a lock on another machine counts as dead
 MAX_JSON_BYTES = 64 << 20  # records of large mixtures have about 0.2 MB
+_UMASK_LOCK = threading.Lock()
 
 
 def key_of(*parts: Any) -> str:
@@ -57,9 +59,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool =
         if durable:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; results are for reading
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; results are for reading
         temporary.replace(path)
     except OSError as error:
         if error.filename in (None, name) and error.errno is not None:  # a failed write names no file
@@ -67,6 +67,13 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool =
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    with _UMASK_LOCK:  # it can only be read by setting it, for all threads
+        umask = os.umask(0)
+        os.umask(umask)
+    return umask
 
 
 def remove_leftovers(folder: Path) -> None:

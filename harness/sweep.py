@@ -316,7 +316,7 @@ class Sweep:
         if self.cache.holds(path):
             return 0.0
         n_tokens = self.calibration.windows.tokens.size
-        return cost.imatrix_s(self.reference.plan.n_weights, n_tokens, self.n_threads)
+        return cost.score_s(self.reference.plan.n_weights, n_tokens, self.n_threads)
 
     @property
     def estimate_s(self) -> float:

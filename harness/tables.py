@@ -33,7 +33,8 @@ _SPEED_NOTES = {
     TIMED: "Std and DG Speed: seconds to run the prompt set once, at the median speed of the timing pass.",
     SCORED: "Std and DG Speed: no speed measurement but the seconds that the scoring took on one machine, each file "
     "once and with other work beside it; there was no timing pass.",
-    None: "Std and DG Speed: left out, as the files were measured on several machines and without a timing pass.",
+    None: "Std and DG Speed: left out: there was no timing pass, and the files were scored on several machines, or "
+    "with other numbers of windows at once.",
 }
 
 

@@ -1,6 +1,6 @@
 """The order of work in a sweep, and how long its quantizing will take when no tensor is quantized twice. Pure."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 
 from harness import cost
@@ -31,22 +31,31 @@ def quantizing_s(
     """
     pieces: dict[str, dict[Piece, float]] = {}
     left: dict[str, float] = {}
+    n_missing: dict[str, Counter[str]] = {}  # pieces of each type, whose tables a file needs as long as there are some
     users: dict[Piece, list[str]] = defaultdict(list)
     for key, plan in plans.items():
         seconds = 0.0 if plan is None else cost.quantize_s(plan.tensors, n_threads)
         shared = kept_tensors(plan, source_types) if plan and keeps_tensors else {}
         pieces[key] = {one: cost.tensor_s(t.type, t.n_weights, n_threads) for one, t in shared.items()}
-        left[key] = seconds - sum(s for one, s in pieces[key].items() if one in held)
+        left[key], n_missing[key] = seconds, Counter(type_name for _, type_name in pieces[key])
         for one in pieces[key]:
             users[one].append(key)
-    made, order = set(held), dict[str, float]()
+
+    def make(one: Piece) -> None:
+        made.add(one)
+        for key in users[one]:
+            if key in left:
+                left[key] -= pieces[key][one]
+                n_missing[key][one[1]] -= 1
+                if not n_missing[key][one[1]]:
+                    left[key] -= cost.tables_s(one[1], n_threads)
+
+    made, order = set[Piece](), dict[str, float]()
+    for one in set(held) & users.keys():
+        make(one)
     while left:
         key = min(left, key=lambda name: round(left[name], 6))  # the first of those that cost the same
         order[key] = left.pop(key)
-        for one, seconds in pieces[key].items():
-            if one not in made:
-                made.add(one)
-                for other in users[one]:
-                    if other in left:
-                        left[other] -= seconds
+        for one in pieces[key].keys() - made:
+            make(one)
     return order

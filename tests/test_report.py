@@ -812,13 +812,28 @@ def test_seconds_of_the_scoring_are_called_so_and_are_of_one_machine(tmp_path: P
     put(tmp_path, "iq1_m", "dynamicgate", "dynamicgate", nll=BASE + 0.1, environment=environment)
     mixed = write_report(tmp_path)
     assert table_rows(mixed.text)[1][-2:] == ["-", "-"]
-    assert "Std and DG Speed: left out, as the files were measured on several machines" in unwrapped(mixed.text)
+    assert (
+        "Std and DG Speed: left out: there was no timing pass, and the files were scored on several machines"
+        in unwrapped(mixed.text)
+    )
     assert "no speed measurement" not in unwrapped(mixed.text)
     assert runs_csv(tmp_path).machine.tolist() == ["here fast", "here fast", "there slow"]
     put_timing(tmp_path, "01", HERE, standard=2.0, dynamicgate=2.0)
     timed = write_report(tmp_path)
     assert table_rows(timed.text)[1][-2:] == ["8.0s", "8.0s"]
     assert "at the median speed of the timing pass." in unwrapped(timed.text)
+
+
+def test_seconds_of_other_numbers_of_windows_at_once_stand_in_no_column(tmp_path: Path) -> None:
+    def speeds(at_once: int) -> list[str]:
+        timings = {"pass_s": 10.0, "load_s": 1.0, "quantize_s": 1.0}
+        put_reference(tmp_path, timings={**timings, "windows_at_once": 2})
+        put(tmp_path, "iq1_m", "standard", timings={**timings, "windows_at_once": 2})
+        put(tmp_path, "iq1_m", "dynamicgate", "dynamicgate", timings={**timings, "windows_at_once": at_once})
+        return table_rows(write_report(tmp_path).text)[1][-2:]
+
+    assert speeds(2) == ["10.0s", "10.0s"]
+    assert speeds(1) == ["-", "-"]
 
 
 def test_a_pure_preset_is_told_under_every_table_that_names_it(tmp_path: Path) -> None:

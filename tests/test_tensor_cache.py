@@ -357,8 +357,8 @@ def test_nothing_is_kept_of_data_that_the_key_does_not_tell(dense: Path, tmp_pat
 
 
 def test_the_cheapest_file_comes_first_then_those_that_share_its_tensors() -> None:
-    """Seconds by hand, with 2 threads: a q4_k tensor of 17 million weights takes 1 s, one of iq4_xs 17/9 s."""
-    shape = (17_000, 1000)
+    """Seconds by hand, with 2 threads: a q4_k tensor of 23 million weights takes 1 s, one of iq4_xs 23/11 s."""
+    shape = (23_000, 1000)
 
     def plan(*tensors: tuple[str, str]) -> Any:
         return replace(plan_of_nothing(), tensors=tuple(tensor(name, type_name, shape) for name, type_name in tensors))
@@ -371,7 +371,7 @@ def test_the_cheapest_file_comes_first_then_those_that_share_its_tensors() -> No
     }
     types = {"a": "f16", "b": "f16"}
     order = quantizing_s(plans, types, set(), 2, keeps_tensors=True)
-    child, slow = 1.0, 17 / 9
+    child, slow = 0.5, 23 / 11
     assert list(order) == ["there", "cheap", "half dear", "dear"]
     assert list(order.values()) == pytest.approx([0, child + 2, child + slow, child + slow])
     order = quantizing_s(plans, types, {("a", "iq4_xs"), ("b", "iq4_xs")}, 2, keeps_tensors=True)
@@ -379,6 +379,22 @@ def test_the_cheapest_file_comes_first_then_those_that_share_its_tensors() -> No
     assert list(order.values()) == pytest.approx([0, child, child + 1, child + 1])
     order = quantizing_s(plans, types, set(), 2, keeps_tensors=False)
     assert list(order.values()) == pytest.approx([0, child + 2, child + slow + 1, child + 2 * slow])
+
+
+def test_the_tables_of_a_type_cost_a_file_as_long_as_it_makes_one_of_its_tensors() -> None:
+    """By hand, with 2 threads: the tables of iq1_m take 7 s, a tensor of 17 million weights 1 s."""
+    shape, types = (17_000, 1000), dict.fromkeys("abc", "f16")
+    one, two, none = (
+        replace(plan_of_nothing(), tensors=tuple(tensor(name, "iq1_m", shape) for name in names))
+        for names in ("a", "abc", "bc")
+    )
+    plans = {"one": one, "two": two, "none": none}
+    order = quantizing_s(plans, types, {("c", "iq1_m")}, 2, keeps_tensors=True)
+    assert list(order.items()) == [("one", 8.5), ("two", 8.5), ("none", 0.5)]
+    assert sum(quantizing_s(plans, types, set(), 4, keeps_tensors=False).values()) == pytest.approx(1.5 + 10.5 + 3)
+    assert list(quantizing_s(plans, types, {(name, "iq1_m") for name in "abc"}, 2, keeps_tensors=True).values()) == [
+        *(0.5, 0.5, 0.5)
+    ]
 
 
 def plan_of_nothing() -> Any:
@@ -427,7 +443,9 @@ def test_damaged_tensors_are_told_and_made_again(cli: Cli, tiny_overrides: list[
     _, _, truth = measured("first")
     found = sorted((tmp_path / "cache" / "tensors").iterdir())
     for path in found[:3]:
-        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
     out, made, nll = measured("again")
     assert "warning: 3 tensors" in out and "were damaged" in out
     assert made == {"n_tensors_quantized": 3, "n_tensors_reused": len(found) - 3, "n_tensors_damaged": 3}

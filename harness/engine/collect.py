@@ -6,6 +6,7 @@ that were multiplied with it, and how many rows were added up.
 
 import ctypes
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from harness.engine import model as engine
 from harness.engine.native import Tensor, ggml
 from harness.errors import EngineError
 from harness.ggml_types import IMATRIX_MIN_ROWS
+from harness.waves import in_waves, threads_of, windows_at_once
 
 
 @dataclass
@@ -25,6 +27,51 @@ class Activations:
 
     sums: np.ndarray
     counts: np.ndarray
+
+
+class ActivationTap:
+    """Takes the squared activations of one window after another: the eval callback of a context."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Activations] = {}
+        self._failure: BaseException | None = None
+        self._wanted_ops: dict[int, str] = {}
+        self._n_seen = 0
+        self._n_in_window: int | None = None
+
+    def on_tensor(self, address: int, ask: bool, _user_data: object) -> bool:
+        """The callback: asks for products with the weights of layers, and adds up what these are multiplied with."""
+        node = Tensor.from_address(address)
+        op = self._wanted_ops.get(node.op)
+        if op is None:
+            op = self._wanted_ops[node.op] = ggml.ggml_op_name(node.op).decode()
+        if op not in ("MUL_MAT", "MUL_MAT_ID"):
+            return False
+        weights, inputs = node.src[0].contents, node.src[1].contents
+        name = _weight_name(weights.name)
+        if not name.startswith("blk."):  # llama-imatrix leaves the output projection out too
+            return False
+        if inputs.type != 0 or (op == "MUL_MAT" and inputs.ne[1] < IMATRIX_MIN_ROWS):
+            return False
+        if ask:
+            return True
+        self._n_seen += 1
+        if self._failure is None:
+            try:
+                experts = _expert_ids(node) if op == "MUL_MAT_ID" else None
+                _add(self._found, name, weights, float_array(inputs), experts)
+            except Exception as error:  # an exception cannot cross the C frames between here and llama_decode
+                self._failure = error
+        # After the last product of a window nothing is wanted: llama.cpp leaves the logits out where this is false.
+        return self._n_seen != self._n_in_window
+
+    def take(self) -> dict[str, Activations]:
+        """Those of the window that was just decoded. All windows must be decoded alike."""
+        if self._failure is not None:
+            raise self._failure
+        found, self._found = self._found, {}
+        self._n_in_window, self._n_seen = self._n_seen, 0
+        return found
 
 
 def collect_activations(
@@ -37,54 +84,43 @@ def collect_activations(
 ) -> dict[str, Activations]:
     """Run calibration windows (int32 [n, n_ctx]) through the model and add up squared activations by tensor name.
 
-    Raises EngineError on values that are not finite.
+    Several windows run at once (`harness.waves`); they are added in their order. Raises EngineError on values that are
+    not finite.
     """
-    found: dict[str, Activations] = {}
-    failure: list[BaseException] = []
-    wanted_ops: dict[int, str] = {}
-
-    def on_tensor(address: int, ask: bool, _user_data: object) -> bool:
-        node = Tensor.from_address(address)
-        op = wanted_ops.get(node.op)
-        if op is None:
-            op = wanted_ops[node.op] = ggml.ggml_op_name(node.op).decode()
-        if op not in ("MUL_MAT", "MUL_MAT_ID"):
-            return False
-        weights, inputs = node.src[0].contents, node.src[1].contents
-        name = _weight_name(weights.name)
-        if not name.startswith("blk."):  # llama-imatrix leaves the output projection out too
-            return False
-        if inputs.type != 0 or (op == "MUL_MAT" and inputs.ne[1] < IMATRIX_MIN_ROWS):
-            return False
-        if not ask and not failure:
-            try:
-                _add(found, name, weights, float_array(inputs), _expert_ids(node) if op == "MUL_MAT_ID" else None)
-            except Exception as error:  # an exception cannot cross the C frames between here and llama_decode
-                failure.append(error)
-        return True
-
     n_ctx = windows.shape[1]
-    with (
-        engine.open_model(path) as model,
-        engine.open_context(
-            model,
-            n_ctx=n_ctx,
-            ubatch_tokens=n_ctx,
-            flash_attention=flash_attention,
-            n_threads=n_threads,
-            eval_callback=on_tensor,
-        ) as context,
-    ):
+    at_most = windows_at_once(len(windows), n_threads)
+    found: dict[str, Activations] = {}
+    with ExitStack() as opened:
+        model = opened.enter_context(engine.open_model(path))
+        taps = [ActivationTap() for _ in range(at_most)]
+        contexts = [
+            opened.enter_context(
+                engine.open_context(
+                    model,
+                    n_ctx=n_ctx,
+                    ubatch_tokens=n_ctx,
+                    flash_attention=flash_attention,
+                    n_threads=threads_of(n_threads, at_most),
+                    eval_callback=tap.on_tensor,
+                )
+            )
+            for tap in taps
+        ]
         # Asking for every position keeps llama.cpp from dropping rows before the last layer's feed-forward.
         every = np.ones(n_ctx, bool)
         size = engine.n_vocab(model)
-        for i, window in enumerate(windows):
-            for _ in engine.decode_window(context, window, every, size, n_ctx):
+
+        def run(slot: int, window: np.ndarray, at_once: int) -> dict[str, Activations]:
+            engine.use_threads(contexts[slot], threads_of(n_threads, at_once))
+            for _ in engine.decode_window(contexts[slot], window, every, size, n_ctx):
                 pass
-            if failure:
-                raise failure[0]
+            return taps[slot].take()
+
+        for i, of_window in enumerate(in_waves(list(windows), n_threads, run), 1):
+            for name, activations in of_window.items():
+                _merge(found, name, activations)
             if on_progress:
-                on_progress((i + 1) / len(windows))
+                on_progress(i / len(windows))
     for name, activations in found.items():
         if not np.isfinite(activations.sums).all():
             raise EngineError(f"the activations of {name} are not finite: the reference model is broken")
@@ -113,11 +149,15 @@ def _add(
             chosen = rows[expert_ids == expert]
             sums[expert] = np.einsum("rc,rc->c", chosen, chosen)
             counts[expert] = len(chosen)
+    _merge(found, name, Activations(sums.astype(np.float32), counts))
+
+
+def _merge(found: dict[str, Activations], name: str, more: Activations) -> None:
     if name in found:
-        found[name].sums += sums
-        found[name].counts += counts
+        found[name].sums += more.sums
+        found[name].counts += more.counts
     else:
-        found[name] = Activations(sums.astype(np.float32), counts)
+        found[name] = more
 
 
 def _weight_name(raw: bytes) -> str:

@@ -84,6 +84,11 @@ def n_vocab(model: Any) -> int:
     return llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
 
+def use_threads(context: Any, n_threads: int) -> None:
+    """Let the next decodes take that many threads."""
+    llama_cpp.llama_set_n_threads(context, n_threads, n_threads)
+
+
 def warm_up(context: Any) -> None:
     """Decode one token and forget it, so that pages, buffers and threads are there before anything is timed."""
     _decode(context, np.zeros(1, np.int32), 0, np.zeros(1, bool))
