@@ -102,7 +102,6 @@ def score(
     taps_states = is_reference and kept.form_of(0) == HIDDEN
     # What the first window tells of hidden states decides for the others.
     groups = (indices[:1], indices[1:]) if taps_states else (indices,)
-    at_most = max(windows_at_once(len(group), n_threads) for group in groups)
     contexts: list[tuple[Any, OutputTap | None]] = []
 
     def score_one(slot: int, i: int, at_once: int) -> None:
@@ -126,6 +125,8 @@ def score(
         model = opened.enter_context(engine.open_model(model_path, check_weights=is_reference))
         load_s = time.perf_counter() - begin
         vocab_size = engine.n_vocab(model)
+        fitting = engine.contexts_that_fit(model, n_ctx=n, ubatch_tokens=ubatch_tokens)
+        at_most = max(windows_at_once(len(group), n_threads, fitting) for group in groups)
         opened.enter_context(threadpool_limits(threads_of(n_threads, at_most), user_api="blas"))
         for _ in range(at_most):
             tap = OutputTap() if taps_states else None
@@ -141,7 +142,7 @@ def score(
             engine.warm_up(contexts[-1][0])
         n_done = 0
         for group in groups:
-            for _ in in_waves(group, n_threads, score_one):
+            for _ in in_waves(group, n_threads, score_one, fitting):
                 n_done += 1
                 if on_progress:
                     on_progress(n_done / len(indices))

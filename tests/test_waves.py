@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,14 @@ from harness.waves import in_waves, threads_of, windows_at_once
 )
 def test_as_many_windows_at_once_as_end_first(n_windows: int, n_threads: int, expected: int) -> None:
     assert windows_at_once(n_windows, n_threads) == expected
+
+
+def test_no_more_windows_at_once_than_there_is_memory_for(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [windows_at_once(8, 4, most) for most in (1, 2, 3, 9)] == [1, 2, 2, 4]
+    with engine.open_model(tiny_gguf) as model:
+        for free_bytes, expected in ((0, 1), (390e6, 1), (790e6, 3), (990e6, 4)):  # of 5 MB; 200 MB each and some
+            monkeypatch.setattr("psutil.virtual_memory", lambda free=free_bytes: SimpleNamespace(available=int(free)))
+            assert engine.contexts_that_fit(model, n_ctx=128, ubatch_tokens=128) == expected
 
 
 def test_the_first_item_of_a_wave_waits_for_the_others_of_it() -> None:

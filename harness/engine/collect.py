@@ -88,10 +88,11 @@ def collect_activations(
     not finite.
     """
     n_ctx = windows.shape[1]
-    at_most = windows_at_once(len(windows), n_threads)
     found: dict[str, Activations] = {}
     with ExitStack() as opened:
         model = opened.enter_context(engine.open_model(path))
+        fitting = engine.contexts_that_fit(model, n_ctx=n_ctx, ubatch_tokens=n_ctx)
+        at_most = windows_at_once(len(windows), n_threads, fitting)
         taps = [ActivationTap() for _ in range(at_most)]
         contexts = [
             opened.enter_context(
@@ -116,7 +117,7 @@ def collect_activations(
                 pass
             return taps[slot].take()
 
-        for i, of_window in enumerate(in_waves(list(windows), n_threads, run), 1):
+        for i, of_window in enumerate(in_waves(list(windows), n_threads, run, fitting), 1):
             for name, activations in of_window.items():
                 _merge(found, name, activations)
             if on_progress:

@@ -84,6 +84,17 @@ def n_vocab(model: Any) -> int:
     return llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
 
+def contexts_that_fit(model: Any, *, n_ctx: int, ubatch_tokens: int) -> int:
+    """How many contexts the free memory has room for beside the model, by an estimate on the safe side (keys and values
+    in 16 bits, the logits of a micro-batch twice, 200 MB for the rest); at least 1."""
+    import psutil
+
+    width = llama_cpp.llama_model_n_embd(model) // max(1, llama_cpp.llama_model_n_head(model))
+    kv_bytes = 4 * llama_cpp.llama_model_n_layer(model) * width * llama_cpp.llama_model_n_head_kv(model) * n_ctx
+    each_bytes = kv_bytes + 8 * ubatch_tokens * n_vocab(model) + 200_000_000
+    return max(1, (psutil.virtual_memory().available - llama_cpp.llama_model_size(model)) // each_bytes)
+
+
 def use_threads(context: Any, n_threads: int) -> None:
     """Let the next decodes take that many threads."""
     llama_cpp.llama_set_n_threads(context, n_threads, n_threads)
