@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,7 @@ def over_decode(path: Path, rounds: int) -> None:
     wanted[first - 1 : N_TOKENS - 1] = True
     at_once = windows_at_once(N_WINDOWS, n_threads)
     tap, weights = OutputTap(), output_weights(path)
+    weights = weights and replace(weights, n_threads=n_threads)
     ways = WAYS if weights else WAYS[:-1]  # of quantized output weights nothing is computed again
     options = {"n_ctx": N_TOKENS, "ubatch_tokens": UBATCH, "flash_attention": True}
     with tempfile.TemporaryDirectory() as folder, engine.open_model(path) as model, ExitStack() as opened:
@@ -71,7 +73,7 @@ def over_decode(path: Path, rounds: int) -> None:
         contexts = [
             opened.enter_context(engine.open_context(model, **options, n_threads=share)) for _ in range(at_once)
         ]
-        opened.enter_context(threadpool_limits(share, user_api="blas"))
+        opened.enter_context(threadpool_limits(1, user_api="blas"))  # as in a sweep
 
         def run(slot: int, way: str, _at_once: int) -> None:
             with stored.get(way, stored[HIDDEN]).open("rb") as file:

@@ -196,7 +196,11 @@ def _speed_from(good: pd.DataFrame) -> str | None:
     of windows at once, stand in no column."""
     if good.speed_pass.notna().any():
         return TIMED
-    return SCORED if len(good[["machine", "windows_at_once"]].drop_duplicates()) <= 1 else None
+    return (
+        SCORED
+        if len(good[["machine", "windows_at_once"]].fillna({"windows_at_once": 1}).drop_duplicates()) <= 1
+        else None
+    )
 
 
 def _pair_row(

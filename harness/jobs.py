@@ -126,11 +126,16 @@ def _absolute(config: Config, sweep: Sweep, job: Job, folder: str) -> Config:
 
 def request_of(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> dict[str, Any]:
     """What a job takes, for conf/launch.yaml: the most that any of them does. folder: for the launcher's own files."""
-    rows = sweep.prompts.tokens.shape[1] - sweep.first_scored
-    memory_bytes = cost.scoring_bytes(
-        max(case.plan.file_bytes for case in sweep.cases),
-        rows * sweep.reference.vocab_size,
-        windows_at_once(len(sweep.prompts.tokens), sweep.n_threads),
+    passes = [(sweep.prompts.tokens, sweep.prompts.tokens.shape[1] - sweep.first_scored)]
+    if sweep.calibration and sweep.calibration.windows:
+        tokens = sweep.calibration.windows.tokens
+        passes.append((tokens, 2 * tokens.shape[1]))  # llama.cpp holds the logits of a micro-batch twice
+    largest_bytes = max(case.plan.file_bytes for case in sweep.cases)
+    memory_bytes = max(
+        cost.scoring_bytes(
+            largest_bytes, rows * sweep.reference.vocab_size, windows_at_once(len(tokens), sweep.n_threads)
+        )
+        for tokens, rows in passes
     )
     return {
         "cpus": sweep.n_threads,

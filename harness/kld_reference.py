@@ -7,6 +7,7 @@ hidden: the vector that the output projection gets; the logits are computed agai
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -30,7 +31,8 @@ MAX_HIDDEN_KLD = 1e-6
 
 _RANGE = 40.0  # nats below the likeliest token that 16 bits reach; all below has e^-40 a token, which is added
 _ROWS_AT_A_TIME = 16
-_PRODUCT_ROWS, _PRODUCT_BYTES, _SLICE_BYTES = 256, 128 << 20, 32 << 20  # of recomputed logits; of weights in float32
+# Of recomputed logits; of weights in float32, and how many slices of them at once.
+_PRODUCT_ROWS, _PRODUCT_BYTES, _SLICE_BYTES, _MOST_SLICES = 256, 128 << 20, 16 << 20, 4
 
 
 def reference_bytes(n_rows: int, vocab_size: int, n_embd: int) -> dict[str, int]:
@@ -69,16 +71,20 @@ def hidden_facts(form: str, kld: float | None) -> dict[str, str | float | None]:
 
 @dataclass(frozen=True)
 class OutputWeights:
-    """The output projection as it stands in a file: [vocab_size, n_embd] numbers from a byte on; f32, f16 or bf16."""
+    """The output projection as it stands in a file: [vocab_size, n_embd] numbers from a byte on; f32, f16 or bf16.
+
+    n_threads: slices of it that are multiplied at once. BLAS must take one thread: its sums depend on the number.
+    """
 
     path: Path
     offset: int
     type: str
     vocab_size: int
     n_embd: int
+    n_threads: int = 1
 
     def logits(self, states: np.ndarray, out: np.ndarray) -> None:
-        """out (float32 [n, vocab_size]) = states (float32 [n, n_embd]) times the weights, a slice of them at a time.
+        """out (float32 [n, vocab_size]) = states (float32 [n, n_embd]) times the weights, slice by slice.
 
         The states are rounded to the weights' type, as ggml does before it multiplies. Raises EngineError when the file
         is too short.
@@ -86,7 +92,8 @@ class OutputWeights:
         rounded = _as_float32(_round(states, self.type), self.type)
         step = max(1, _SLICE_BYTES // (4 * self.n_embd))
         word = np.dtype(_WORDS[self.type])
-        for start in range(0, self.vocab_size, step):
+
+        def multiply(start: int) -> None:
             n_rows = min(step, self.vocab_size - start)
             offset = self.offset + start * self.n_embd * word.itemsize
             words = np.fromfile(self.path, word, n_rows * self.n_embd, offset=offset)
@@ -94,6 +101,10 @@ class OutputWeights:
                 raise EngineError(f"{self.path} was changed: its output weights end too early")
             weights = _as_float32(words, self.type).reshape(n_rows, self.n_embd)
             np.matmul(rounded, weights.T, out=out[:, start : start + n_rows])
+
+        with ThreadPoolExecutor(min(_MOST_SLICES, self.n_threads)) as threads:
+            for _ in threads.map(multiply, range(0, self.vocab_size, step)):
+                pass
 
 
 _WORDS = {"f32": "<f4", "f16": "<f2", "bf16": "<u2"}

@@ -30,7 +30,7 @@ from harness.kld_reference import (
     reference_bytes,
 )
 from harness.store import Cache, read_npz, write_atomic, write_npz
-from harness.waves import in_waves, threads_of, windows_at_once
+from harness.waves import alone, in_waves, threads_of, windows_at_once
 
 _BROKEN_NLL = 700.0  # exp of it is close to the largest float64
 
@@ -98,17 +98,19 @@ def score(
     wanted[first_scored - 1 : n - 1] = True
     n_scored = n - first_scored
     weights = output_weights(reference_path) if form == HIDDEN and reference_path else None
+    weights = weights and replace(weights, n_threads=n_threads)
     kept = KeptReference(cache, probability_folder, form, weights)
+
+    def is_left(i: int) -> bool:
+        return _read_window(window_path(window_folder, i), n_scored) is None or (is_reference and not kept.holds(i))
+
+    left = tuple(i for i in indices if is_left(i))
     taps_states = is_reference and kept.form_of(0) == HIDDEN
     # What the first window tells of hidden states decides for the others.
-    groups = (indices[:1], indices[1:]) if taps_states else (indices,)
-    contexts: list[tuple[Any, OutputTap | None]] = []
+    groups = (left[:1], left[1:]) if taps_states else (left,)
 
     def score_one(slot: int, i: int, at_once: int) -> None:
-        path = window_path(window_folder, i)
-        if _read_window(path, n_scored) is not None and not (is_reference and not kept.holds(i)):
-            return
-        context, tap = contexts[slot]
+        context, tap = contexts[slot], taps[slot]
         engine.use_threads(context, threads_of(n_threads, at_once))
         decode = partial(engine.decode_window, context, windows[i], wanted, vocab_size, ubatch_tokens)
         if is_reference:
@@ -118,31 +120,25 @@ def score(
         else:
             values = kept.compare(i, windows[i], decode, vocab_size)
         shared = {name: values[name] / at_once for name in ("decode_s", "pass_s")}
-        write_npz(path, **values | shared, at_once=at_once, machine=platform.node())
+        write_npz(window_path(window_folder, i), **values | shared, at_once=at_once, machine=platform.node())
 
     begin = time.perf_counter()
     with ExitStack() as opened:
         model = opened.enter_context(engine.open_model(model_path, check_weights=is_reference))
         load_s = time.perf_counter() - begin
         vocab_size = engine.n_vocab(model)
-        fitting = engine.contexts_that_fit(model, n_ctx=n, ubatch_tokens=ubatch_tokens)
+        opened.enter_context(threadpool_limits(1, user_api="blas"))  # its results depend on the number of threads
+        options: dict[str, Any] = {"n_ctx": n, "ubatch_tokens": ubatch_tokens, "flash_attention": flash_attention}
+        fitting = 1 if alone(n, ubatch_tokens) else engine.contexts_that_fit(model, **options)
         at_most = max(windows_at_once(len(group), n_threads, fitting) for group in groups)
-        opened.enter_context(threadpool_limits(threads_of(n_threads, at_most), user_api="blas"))
-        for _ in range(at_most):
-            tap = OutputTap() if taps_states else None
-            context = engine.open_context(
-                model,
-                n_ctx=n,
-                ubatch_tokens=ubatch_tokens,
-                flash_attention=flash_attention,
-                n_threads=threads_of(n_threads, at_most),
-                eval_callback=tap.on_tensor if tap else None,
-            )
-            contexts.append((opened.enter_context(context), tap))
-            engine.warm_up(contexts[-1][0])
-        n_done = 0
+        taps = [OutputTap() if taps_states else None for _ in range(at_most)]
+        callbacks = [tap.on_tensor if tap else None for tap in taps]
+        contexts = opened.enter_context(engine.open_contexts(model, callbacks, **options))
+        for context in contexts:
+            engine.warm_up(context)
+        n_done = len(indices) - len(left)
         for group in groups:
-            for _ in in_waves(group, n_threads, score_one, fitting):
+            for _ in in_waves(group, n_threads, score_one, len(contexts)):
                 n_done += 1
                 if on_progress:
                     on_progress(n_done / len(indices))

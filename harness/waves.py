@@ -1,7 +1,8 @@
 """Windows share the cores: several run at once, each in a context of its own with its part of the threads.
 
 Threads that work on one window wait for each other after every operation; those on several windows do not. No value
-depends on it: a window is run from an empty KV cache, and llama.cpp's results do not depend on the number of threads.
+depends on it: a window is run from an empty KV cache, and llama.cpp's results do not depend on the number of threads,
+but for micro-batches of a single token (`alone`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,12 @@ def in_waves(
         for start in range(0, len(items), at_once):
             wave = items[start : start + at_once]
             yield from pool.map(work, range(len(wave)), wave, repeat(len(wave)))
+
+
+def alone(window_tokens: int, ubatch_tokens: int) -> bool:
+    """Whether a window must run alone, with all threads: flash attention of a single token is cut by threads, and a
+    micro-batch of these sizes is or ends with one."""
+    return ubatch_tokens == 1 or window_tokens % ubatch_tokens == 1
 
 
 def threads_of(n_threads: int, at_once: int) -> int:

@@ -71,9 +71,9 @@ def check_finished(folder: Path, truth: "Found") -> None:
 def command(folder: Path, name: str) -> list[str]:
     return [
         *(sys.executable, "-m", "harness", "sweep", "quant=iq2_xs,q4_0", f"model.path={folder / 'tiny.gguf'}"),
-        *(f"prompts.path={folder / 'prompts.txt'}", "prompts.n_windows=2", "prompts.window_tokens=128"),
-        *(f"calibration.path={folder / 'calibration.txt'}", "calibration.n_windows=2", "calibration.window_tokens=128"),
-        *("runtime.threads=1", f"runtime.cache_dir={folder / name / 'cache'}", f"results.dir={folder / name}"),
+        *(f"prompts.path={folder / 'prompts.txt'}", "prompts.n_windows=3", "prompts.window_tokens=128"),
+        *(f"calibration.path={folder / 'calibration.txt'}", "calibration.n_windows=3", "calibration.window_tokens=128"),
+        *("runtime.threads=2", f"runtime.cache_dir={folder / name / 'cache'}", f"results.dir={folder / name}"),
         *("results.name=sweep", "measure.layers=true", "measure.generate_tokens=2"),
     ]
 

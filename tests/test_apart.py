@@ -326,7 +326,7 @@ def test_requests_come_from_the_plan_and_from_the_user() -> None:
 def test_memory_of_a_job_is_its_file_the_logits_and_the_rest(sweep: Sweep) -> None:
     request = request_of(sweep, cases_apart(sweep), Path("x"))
     largest = max(case.plan.file_bytes for case in sweep.cases)
-    n_logits = 63 * 310  # targets 65 .. 127 of a window, 310 tokens in the vocabulary
+    n_logits = 2 * sweep.config.calibration.window_tokens * 310  # more than the prompts' 63, of 310 tokens
     assert request["memory_bytes"] == int(largest + 1.3 * 4 * n_logits + 200e6) and request["cpus"] == 1
     assert request["memory_gb"] == 1, "rounded up"
 

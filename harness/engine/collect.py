@@ -17,7 +17,7 @@ from harness.engine import model as engine
 from harness.engine.native import Tensor, ggml
 from harness.errors import EngineError
 from harness.ggml_types import IMATRIX_MIN_ROWS
-from harness.waves import in_waves, threads_of, windows_at_once
+from harness.waves import alone, in_waves, threads_of, windows_at_once
 
 
 @dataclass
@@ -91,22 +91,11 @@ def collect_activations(
     found: dict[str, Activations] = {}
     with ExitStack() as opened:
         model = opened.enter_context(engine.open_model(path))
-        fitting = engine.contexts_that_fit(model, n_ctx=n_ctx, ubatch_tokens=n_ctx)
-        at_most = windows_at_once(len(windows), n_threads, fitting)
-        taps = [ActivationTap() for _ in range(at_most)]
-        contexts = [
-            opened.enter_context(
-                engine.open_context(
-                    model,
-                    n_ctx=n_ctx,
-                    ubatch_tokens=n_ctx,
-                    flash_attention=flash_attention,
-                    n_threads=threads_of(n_threads, at_most),
-                    eval_callback=tap.on_tensor,
-                )
-            )
-            for tap in taps
-        ]
+        options: dict[str, Any] = {"n_ctx": n_ctx, "ubatch_tokens": n_ctx, "flash_attention": flash_attention}
+        fitting = 1 if alone(n_ctx, n_ctx) else engine.contexts_that_fit(model, **options)
+        taps = [ActivationTap() for _ in range(windows_at_once(len(windows), n_threads, fitting))]
+        callbacks = [tap.on_tensor for tap in taps]
+        contexts = opened.enter_context(engine.open_contexts(model, callbacks, **options))
         # Asking for every position keeps llama.cpp from dropping rows before the last layer's feed-forward.
         every = np.ones(n_ctx, bool)
         size = engine.n_vocab(model)
@@ -117,7 +106,7 @@ def collect_activations(
                 pass
             return taps[slot].take()
 
-        for i, of_window in enumerate(in_waves(list(windows), n_threads, run, fitting), 1):
+        for i, of_window in enumerate(in_waves(list(windows), n_threads, run, len(contexts)), 1):
             for name, activations in of_window.items():
                 _merge(found, name, activations)
             if on_progress:

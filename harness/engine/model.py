@@ -2,8 +2,8 @@
 
 import ctypes
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import llama_cpp
 import numpy as np
 
 from harness.errors import EngineError
+from harness.memory import free_memory_bytes
 
 EvalCallback = Callable[[int, bool, Any], bool]
 
@@ -62,6 +63,48 @@ def open_context(
         llama_cpp.llama_free(context)
 
 
+@contextmanager
+def open_contexts(model: Any, callbacks: Sequence[EvalCallback | None], **options: Any) -> Iterator[list[Any]]:
+    """Contexts with these eval callbacks; options: as of `open_context`, but for the threads, see `use_threads`. Fewer,
+    but one, where llama.cpp cannot make as many. Raises EngineError when it can make none."""
+    contexts: list[Any] = []
+    with ExitStack() as opened:
+        for callback in callbacks:
+            try:
+                context = open_context(model, n_threads=1, eval_callback=callback, **options)
+                contexts.append(opened.enter_context(context))
+            except EngineError:
+                if not contexts:
+                    raise
+                break
+        yield contexts
+
+
+def contexts_that_fit(model: Any, *, n_ctx: int, ubatch_tokens: int, flash_attention: bool) -> int:
+    """How many contexts the free memory has room for beside the model, estimated: keys and values in 16 bits, logits of
+    a micro-batch twice, its attention scores where they are kept, 200 MB for the rest. At least 1."""
+    n_head = max(1, llama_cpp.llama_model_n_head(model))
+    n_kv_head = llama_cpp.llama_model_n_head_kv(model) or n_head  # 0: the first layer has no attention
+    width = llama_cpp.llama_model_n_embd(model) // n_head
+    key, value = (max(width, _number_in_header(model, f"attention.{name}_length")) for name in ("key", "value"))
+    kv_bytes = 2 * llama_cpp.llama_model_n_layer(model) * n_kv_head * (key + value) * n_ctx
+    scores_bytes = 0 if flash_attention else 4 * n_head * ubatch_tokens * n_ctx
+    each_bytes = kv_bytes + scores_bytes + 8 * ubatch_tokens * n_vocab(model) + 200_000_000
+    return max(1, (free_memory_bytes() - llama_cpp.llama_model_size(model)) // each_bytes)
+
+
+def _number_in_header(model: Any, name: str) -> int:
+    """Of a key of the model's architecture; 0 where there is none."""
+
+    def value_of(key: bytes) -> bytes:
+        text = ctypes.create_string_buffer(64)
+        llama_cpp.llama_model_meta_val_str(model, key, text, len(text))
+        return text.value
+
+    value = value_of(value_of(b"general.architecture") + b"." + name.encode())
+    return int(value) if value.isdigit() else 0
+
+
 def tokenize(path: Path, text: str) -> tuple[np.ndarray, int | None]:
     """Token ids of the whole text (int32), and the BOS id if the model puts one in front of a text.
 
@@ -82,17 +125,6 @@ def tokenize(path: Path, text: str) -> tuple[np.ndarray, int | None]:
 def n_vocab(model: Any) -> int:
     """Size of the vocabulary, the number of logits of one position."""
     return llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-
-
-def contexts_that_fit(model: Any, *, n_ctx: int, ubatch_tokens: int) -> int:
-    """How many contexts the free memory has room for beside the model, by an estimate on the safe side (keys and values
-    in 16 bits, the logits of a micro-batch twice, 200 MB for the rest); at least 1."""
-    import psutil
-
-    width = llama_cpp.llama_model_n_embd(model) // max(1, llama_cpp.llama_model_n_head(model))
-    kv_bytes = 4 * llama_cpp.llama_model_n_layer(model) * width * llama_cpp.llama_model_n_head_kv(model) * n_ctx
-    each_bytes = kv_bytes + 8 * ubatch_tokens * n_vocab(model) + 200_000_000
-    return max(1, (psutil.virtual_memory().available - llama_cpp.llama_model_size(model)) // each_bytes)
 
 
 def use_threads(context: Any, n_threads: int) -> None:
